@@ -1,0 +1,1 @@
+"""Draft-token proposers: the algorithms. Never imports vLLM; installed as ``vllm_specplug.proposers``."""
