@@ -126,9 +126,6 @@ def _convert(gguf: Path, target: Path, dtype: str) -> None:
             # Without this, recent transformers keeps the GGUF blocks, which cannot be saved as plain safetensors.
             quantization_config=GgufConfig(dequantize=True),
         )
-        # The weights are plain now; a leftover note of the old format would be saved with them.
-        del model.config.quantization_config
-        model.hf_quantizer = None
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
     for file in target.iterdir():
