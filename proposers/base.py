@@ -152,6 +152,8 @@ class Proposer(abc.ABC):
     Options: ClassVar[type]
     #: True if ``observe`` needs the target's top-k at every verified row.
     wants_topk: ClassVar[bool] = False
+    #: How many, where ``wants_topk`` is set.
+    topk: int = 8
     #: False for proposers whose use changes the output distribution.
     lossless: ClassVar[bool] = True
 

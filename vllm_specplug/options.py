@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 Section = TypeVar("Section")
 
 ROOT = "specplug"
+ENV_PREFIX = "SPECPLUG_"
 
 
 class OptionError(ValueError):
@@ -148,6 +149,20 @@ def parse(section: type[Section], data: Any, path: str) -> Section:
         name: _check(f, data[name], f"{path}.{name}") if name in data else _from_env(f) for name, f in fields.items()
     }
     return section(**values)
+
+
+def check_environment(known: Iterable[str | None]) -> None:
+    """Refuse a ``SPECPLUG_*`` variable that no option reads: a misspelt one would silently do nothing.
+
+    Raises:
+        OptionError: naming the variable and the nearest known one.
+    """
+    names = sorted({name for name in known if name})
+    for name in os.environ:
+        if name.startswith(ENV_PREFIX) and name not in names:
+            raise OptionError(
+                f"unknown environment variable {name}.{nearest(name, names)} Allowed: {', '.join(names)}."
+            )
 
 
 def describe(section: type[Any], path: str) -> list[OptionInfo]:

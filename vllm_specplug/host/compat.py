@@ -1,0 +1,165 @@
+"""Version gate: which vLLM this plugin was proven on, and every host symbol it relies on.
+
+The adapter is proven end to end on the oldest and newest of :data:`SUPPORTED`. Any other version is probed:
+with every symbol present it runs under a one-line warning, with one missing it is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_specplug.host.patching import HostSymbolMissing
+
+#: Inclusive (major, minor) range proven by the end-to-end tests on both ends.
+SUPPORTED = ((0, 28), (0, 32))
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """Something of vLLM's the plugin uses.
+
+    Attributes:
+        module, name: where it is; ``name`` may be dotted.
+        needs: parameter names (of a function) or field names (of a dataclass) it must have.
+        used_for: what stops working without it.
+    """
+
+    module: str
+    name: str
+    needs: tuple[str, ...]
+    used_for: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
+
+SYMBOLS = (
+    Symbol("vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("parser",), "the older flag names"),
+    Symbol("vllm.engine.arg_utils", "EngineArgs.from_cli_args", ("args",), "checking options at start"),
+    Symbol("vllm.engine.arg_utils", "EngineArgs.create_engine_config", (), "checking options at start"),
+    Symbol(
+        "vllm.engine.arg_utils",
+        "EngineArgs",
+        ("speculative_config", "spec_model", "spec_tokens", "additional_config"),
+        "checking options at start",
+    ),
+    Symbol("vllm.v1.spec_decode.custom_class_proposer", "create_custom_proposer", ("vllm_config",), "proposers"),
+    Symbol(
+        _RUNNER,
+        "GPUModelRunner.propose_draft_token_ids",
+        ("scheduler_output", "sampled_token_ids", "spec_decode_metadata"),
+        "proposers",
+    ),
+    Symbol(_RUNNER, "GPUModelRunner._input_fits_in_drafter", ("common_attn_metadata",), "drafting near max_model_len"),
+    Symbol(_RUNNER, "GPUModelRunner._update_states", ("scheduler_output",), "freeing ended requests"),
+    Symbol(_RUNNER, "GPUModelRunner._sample", ("logits", "spec_decode_metadata"), "proposers that need the top-k"),
+    Symbol(
+        "vllm.v1.worker.gpu_input_batch",
+        "CachedRequestState",
+        ("req_id", "prompt_token_ids", "mm_features", "sampling_params", "output_token_ids", "lora_request"),
+        "request lifetimes",
+    ),
+    Symbol("vllm.v1.worker.gpu_input_batch", "InputBatch.req_ids", (), "request lifetimes"),
+    Symbol("vllm.v1.core.sched.output", "SchedulerOutput", ("finished_req_ids",), "freeing ended requests"),
+    Symbol(
+        "vllm.v1.spec_decode.metadata", "SpecDecodeMetadata", ("num_draft_tokens", "draft_token_ids"), "acceptance"
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Outcome for one :class:`Symbol`: ``name`` is its path, ``detail`` what is missing or what it is for."""
+
+    name: str
+    found: bool
+    detail: str
+
+
+def _names_of(symbol: Any) -> set[str]:
+    """Parameter names of a function, field names of a dataclass."""
+    if dataclasses.is_dataclass(symbol):
+        return {f.name for f in dataclasses.fields(symbol)}
+    if callable(symbol):
+        return set(inspect.signature(symbol).parameters)
+    return set()
+
+
+def probe_symbol(symbol: Symbol) -> Probe:
+    """Look one symbol up in the installed vLLM."""
+    try:
+        found: Any = importlib.import_module(symbol.module)
+        for part in symbol.name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        return Probe(symbol.path, False, f"not found ({error}); needed for {symbol.used_for}")
+    missing = sorted(set(symbol.needs) - _names_of(found))
+    if missing:
+        return Probe(symbol.path, False, f"lacks {', '.join(missing)}; needed for {symbol.used_for}")
+    return Probe(symbol.path, True, symbol.used_for)
+
+
+def probe() -> list[Probe]:
+    """Look every symbol up. Imports vLLM; initialises no accelerator."""
+    return [probe_symbol(symbol) for symbol in SYMBOLS]
+
+
+def vllm_version() -> str | None:
+    """Version of the importable ``vllm`` module, whatever its distribution is called; None without one."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    return str(importlib.import_module("vllm.version").__version__)
+
+
+def _is_supported(version: str) -> bool:
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return match is not None and SUPPORTED[0] <= (int(match[1]), int(match[2])) <= SUPPORTED[1]
+
+
+def supported_range() -> str:
+    """``0.28 to 0.32``."""
+    low, high = (".".join(map(str, end)) for end in SUPPORTED)
+    return f"{low} to {high}"
+
+
+def support_status() -> tuple[str, str]:
+    """``("supported" | "untested" | "unsupported", one line for the user)``.
+
+    A supported version is not probed: that would import vLLM's model runner into processes that do not need it.
+    """
+    version = vllm_version()
+    if version is None:
+        return "unsupported", "vLLM is not installed: no module named vllm"
+    if _is_supported(version):
+        return "supported", f"vLLM {version} is supported ({supported_range()})"
+    missing = [p for p in probe() if not p.found]
+    if missing:
+        return "unsupported", (
+            f"vLLM {version} is not supported (supported: {supported_range()}): "
+            + "; ".join(f"{p.name} {p.detail}" for p in missing)
+        )
+    return "untested", (
+        f"vLLM {version} is untested with this plugin (tested: {supported_range()}); "
+        "everything the plugin relies on is present, so it runs"
+    )
+
+
+def require() -> str | None:
+    """Gate for a starting server: None if supported, a one-line warning if untested.
+
+    Raises:
+        HostSymbolMissing: unsupported; the message names what is missing.
+    """
+    level, message = support_status()
+    if level == "unsupported":
+        raise HostSymbolMissing(message)
+    return None if level == "supported" else message

@@ -1,0 +1,139 @@
+"""Start-up in the front process: flag spellings, and checks that end in one clear message.
+
+Everything a user can get wrong is checked here, before vLLM starts an engine process: an error raised in
+that process would reach the user as two nested tracebacks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm_specplug import options, registry
+from vllm_specplug.host import compat, patching
+
+#: Older spellings of vLLM's own flags, still in many launch scripts: flag -> (current flag, destination, type).
+OLDER_FLAGS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
+    "--speculative-model": ("--spec-model", "spec_model", str),
+    "--num-speculative-tokens": ("--spec-tokens", "spec_tokens", int),
+}
+
+#: vLLM's rejection sampler verifies at most this many draft tokens (v1/sample/rejection_sampler.py).
+MAX_DRAFT_TOKENS = 128
+
+_warned: set[str] = set()
+
+
+def install() -> None:
+    """Patch vLLM's engine arguments if they are imported in this process. Idempotent."""
+    # Everything that builds or parses engine arguments loads plugins from that very module, so where it is
+    # not imported there is nothing to patch, and importing it would only slow that process's start.
+    module = sys.modules.get("vllm.engine.arg_utils")
+    engine_args = getattr(module, "EngineArgs", None)
+    if engine_args is None:
+        return
+    patching.wrap(engine_args, "add_cli_args", _add_cli_args)
+    patching.wrap(engine_args, "from_cli_args", _from_cli_args)
+    patching.wrap(engine_args, "create_engine_config", _create_engine_config)
+
+
+def uninstall() -> None:
+    """Undo :func:`install`."""
+    engine_args = getattr(sys.modules.get("vllm.engine.arg_utils"), "EngineArgs", None)
+    if engine_args is not None:
+        for name in ("add_cli_args", "from_cli_args", "create_engine_config"):
+            patching.unwrap(engine_args, name)
+
+
+def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_cli_args(parser: Any) -> Any:
+        """Add the older flag names. ``EngineArgs.add_cli_args`` is where every vLLM command gets its engine
+        flags from, after plugins are loaded; flags vLLM already has are left alone."""
+        parser = original(parser)
+        for flag, (current, destination, kind) in OLDER_FLAGS.items():
+            if flag not in parser._option_string_actions:
+                parser.add_argument(
+                    flag,
+                    dest=destination,
+                    type=kind,
+                    # Without this the flag's None would overwrite what the current spelling set.
+                    default=parser.get_default(destination),
+                    help=f"Older spelling of {current} (added by vllm-specplug).",
+                )
+        return parser
+
+    return add_cli_args
+
+
+def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_cli_args(cls: type, args: Any) -> Any:
+        """Check the plugin's settings as soon as a command line is parsed and exit like argparse does.
+        Only command-line programs call this; Python callers get the exception from create_engine_config."""
+        engine_args = original(cls, args)
+        try:
+            check(engine_args)
+        except (options.OptionError, patching.HostSymbolMissing) as error:
+            print(f"vllm-specplug: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        return engine_args
+
+    return from_cli_args
+
+
+def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check the plugin's settings before any engine is built. Every entry point, ``LLM`` included, comes
+        through here; vLLM's own settings are left to vLLM."""
+        check(self)
+        return original(self, *args, **kwargs)
+
+    return create_engine_config
+
+
+def check(engine_args: Any) -> None:
+    """Check everything the user said to this plugin.
+
+    Raises:
+        options.OptionError: an unknown proposer, an option or a draft length that is not allowed.
+        patching.HostSymbolMissing: this vLLM cannot run the plugin.
+    """
+    config: Mapping[str, Any] = engine_args.speculative_config or {}
+    config = {str(key).replace("-", "_"): value for key, value in config.items()}
+    model = config.get("model") or engine_args.spec_model
+    additional = engine_args.additional_config
+    ours = isinstance(model, str) and (model == registry.PACKAGE or model.startswith(registry.PACKAGE + "."))
+    set_options = isinstance(additional, dict) and options.ROOT in additional
+    if not ours:
+        if set_options:
+            registry.parse_options(additional)
+            _warn_once(
+                f"additional_config has options under '{options.ROOT}' but no proposer of {registry.PACKAGE} is "
+                f"selected: add --spec-model {registry.PACKAGE}.{next(iter(registry.proposers()))} --spec-tokens K"
+            )
+        return
+    entry = registry.find(str(model).removeprefix(registry.PACKAGE).removeprefix("."))
+    tokens = config.get("num_speculative_tokens", engine_args.spec_tokens)
+    where = "num_speculative_tokens (--spec-tokens)"
+    if tokens is None:
+        raise options.OptionError(
+            f"{where} is required with {registry.PACKAGE}.{entry.name}: the most draft tokens per request and "
+            f"step, a whole number from 1 to {MAX_DRAFT_TOKENS}."
+        )
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MAX_DRAFT_TOKENS:
+        raise options.OptionError(
+            f"{where} = {tokens!r} is not allowed: expected a whole number from 1 to {MAX_DRAFT_TOKENS}."
+        )
+    registry.parse_options(additional).section(entry)
+    warning = compat.require()
+    if warning:
+        _warn_once(warning)
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        from vllm.logger import init_logger
+
+        # A name under "vllm." is what vLLM's logging configuration prints.
+        init_logger("vllm.specplug").warning("%s", message)

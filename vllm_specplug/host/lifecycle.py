@@ -1,0 +1,314 @@
+"""Request lifetimes and failure isolation between the engine and a proposer. Imports no vLLM.
+
+The engine speaks in request ids and rows that move between steps; a proposer in slots. :class:`Lifecycle`
+keeps that mapping, turns one engine step into ``observe`` and ``propose``, and sees to it that a proposer
+that raises costs drafts and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vllm_specplug.proposers.base import DraftForest, Int32Array, Proposer, Request, StepResult
+
+logger = logging.getLogger("vllm.specplug")
+
+#: Makes the :class:`Request` of a row seen for the first time: ``(row, request_id, slot) -> Request``.
+Admit = Callable[[int, str, int], Request]
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the proposer was built; times in nanoseconds."""
+
+    steps: int = 0
+    drafted: int = 0
+    verified: int = 0
+    accepted: int = 0
+    emitted: int = 0
+    errors: int = 0
+    requests: int = 0
+    requests_without_drafts: int = 0
+    resynchronised: int = 0
+    observe_ns: int = 0
+    propose_ns: int = 0
+    admit_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The requests that emitted tokens in one step, in batch order.
+
+    Attributes:
+        rows: ``int32[n]`` their batch rows.
+        ids: their request ids.
+        emitted: the tokens each emitted, at least one.
+        totals: ``int32[n]`` tokens each holds now, prompt and emitted ones included.
+        drafted: ``int32[n]`` draft tokens verified for each.
+        limits: ``int32[n]`` most draft tokens each may get.
+        topk: ``(row_tokens, row_offsets, ids, logprobs)`` as in :class:`StepResult`, or None.
+    """
+
+    rows: Int32Array
+    ids: Sequence[str]
+    emitted: Sequence[list[int]]
+    totals: Int32Array
+    drafted: Int32Array
+    limits: Int32Array
+    topk: tuple[Any, Any, Any, Any] | None = None
+
+
+@dataclass(slots=True)
+class _Slots:
+    """Slot of each live request, and what is known of each slot."""
+
+    of: dict[str, int] = field(default_factory=dict)
+    free: list[int] = field(default_factory=list)
+    #: Tokens the proposer has seen of the slot's request.
+    known: Int32Array = field(default_factory=lambda: np.zeros(64, np.int32))
+    #: Most tokens the request can hold.
+    bound: Int32Array = field(default_factory=lambda: np.zeros(64, np.int32))
+    #: The proposer failed on this request: it gets no drafts any more.
+    off: np.ndarray = field(default_factory=lambda: np.zeros(64, bool))
+    used: int = 0
+
+    def take(self, request_id: str) -> int:
+        if self.free:
+            slot = self.free.pop()
+        else:
+            slot, self.used = self.used, self.used + 1
+            if slot == len(self.known):
+                for name in ("known", "bound", "off"):
+                    old = getattr(self, name)
+                    setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+        self.of[request_id] = slot
+        self.off[slot] = False
+        return slot
+
+
+class Lifecycle:
+    """Drives one proposer. All calls come from the engine's step, one thread."""
+
+    def __init__(self, proposer: Proposer, vocab_size: int) -> None:
+        self.proposer = proposer
+        self.vocab_size = vocab_size
+        self.counters = Counters()
+        self._slots = _Slots()
+        self._logged: set[str] = set()
+
+    @property
+    def live(self) -> int:
+        """Requests with state."""
+        return len(self._slots.of)
+
+    def step(self, batch: Rows, admit: Admit) -> list[list[int]]:
+        """Observe one step and draft for the next.
+
+        Returns:
+            Draft tokens per request of ``batch``, in its order; empty lists where nothing is drafted.
+        """
+        counters, slots = self.counters, self._slots
+        counters.steps += 1
+        n = len(batch.ids)
+        slot_of = slots.of
+        slot = np.fromiter((slot_of.get(i, -1) for i in batch.ids), np.int32, n)
+        lengths = np.fromiter(map(len, batch.emitted), np.int32, n)
+        counters.emitted += int(lengths.sum())
+        counters.verified += int(batch.drafted.sum())
+        counters.accepted += int(np.minimum(batch.drafted, lengths - 1).sum())
+        seen = slot >= 0
+        # A step the proposer was not shown (it can happen when an engine feature bypasses drafting) leaves it
+        # behind the engine; such a request is admitted anew with all its tokens.
+        behind = seen & (slots.known[slot] + lengths != batch.totals)
+        for i in np.flatnonzero(~seen | behind):
+            if behind[i]:
+                counters.resynchronised += 1
+                self._remove(batch.ids[i])
+            slot[i] = self._admit(int(batch.rows[i]), batch.ids[i], admit)
+        slots.known[slot] = batch.totals
+        known = seen & ~behind & ~slots.off[slot]
+        if known.any():
+            self._observe(self._result(batch, slot, lengths, known))
+        room = np.minimum(batch.limits, slots.bound[slot] - batch.totals - 1)
+        active = ~slots.off[slot] & (room > 0)
+        drafts: list[list[int]] = [[] for _ in range(n)]
+        if active.any():
+            index = np.flatnonzero(active)
+            for i, tokens in zip(index.tolist(), self._propose(slot[index], room[index]), strict=True):
+                drafts[i] = tokens
+        return drafts
+
+    def end(self, request_ids: Sequence[str]) -> None:
+        """Forget requests that finished or were aborted; unknown ids are ignored."""
+        for request_id in request_ids:
+            if request_id in self._slots.of:
+                self._remove(request_id)
+
+    def stats(self) -> dict[str, float]:
+        """Counters, and the proposer's own under its name."""
+        own = {name: float(getattr(self.counters, name)) for name in Counters.__dataclass_fields__}
+        return own | {"live": float(self.live)} | {f"{self.proposer.name}.{k}": v for k, v in self._own_stats().items()}
+
+    def _own_stats(self) -> dict[str, float]:
+        try:
+            return self.proposer.stats()
+        except Exception:
+            self._failed("stats")
+            return {}
+
+    def _admit(self, row: int, request_id: str, admit: Admit) -> int:
+        start = time.perf_counter_ns()
+        slot = self._slots.take(request_id)
+        self.counters.requests += 1
+        try:
+            request = admit(row, request_id, slot)
+            self._slots.bound[slot] = min(request.max_tokens, np.iinfo(np.int32).max)
+            self.proposer.add_request(request)
+        except Exception:
+            self._failed("add_request")
+            self._turn_off(slot)
+        self.counters.admit_ns += time.perf_counter_ns() - start
+        return slot
+
+    def _remove(self, request_id: str) -> None:
+        slot = self._slots.of.pop(request_id)
+        if not self._slots.off[slot]:
+            try:
+                self.proposer.remove_request(slot)
+            except Exception:
+                # Its state may linger in the proposer, so the slot is never handed out again.
+                self._failed("remove_request")
+                return
+        self._slots.free.append(slot)
+
+    def _result(self, batch: Rows, slot: Int32Array, lengths: Int32Array, keep: np.ndarray) -> StepResult:
+        """The step as the proposer sees it, for the requests of ``keep``."""
+        emitted: Sequence[list[int]] = batch.emitted
+        topk = batch.topk
+        if not keep.all():
+            emitted = [tokens for tokens, k in zip(emitted, keep, strict=True) if k]
+            if topk is not None:
+                topk = _select_rows(topk, keep)
+        lengths, drafted = lengths[keep], batch.drafted[keep]
+        row_tokens, row_offsets, topk_ids, topk_logprobs = topk or (None, None, None, None)
+        return StepResult(
+            slots=slot[keep],
+            tokens=np.fromiter(itertools.chain.from_iterable(emitted), np.int32, int(lengths.sum())),
+            offsets=_offsets(lengths),
+            num_drafted=drafted,
+            num_accepted=np.minimum(drafted, lengths - 1),
+            row_tokens=row_tokens,
+            row_offsets=row_offsets,
+            topk_ids=topk_ids,
+            topk_logprobs=topk_logprobs,
+        )
+
+    def _observe(self, step: StepResult) -> None:
+        start = time.perf_counter_ns()
+        try:
+            self.proposer.observe(step)
+        except Exception:
+            self._failed("observe")
+            # One request at a time, to find whose it is. A request the failed call had already learned from
+            # learns twice, which costs draft quality at worst.
+            for i in range(len(step.slots)):
+                try:
+                    self.proposer.observe(_one(step, i))
+                except Exception:
+                    self.counters.errors += 1
+                    self._turn_off(int(step.slots[i]))
+        self.counters.observe_ns += time.perf_counter_ns() - start
+
+    def _propose(self, slots: Int32Array, limits: Int32Array) -> list[list[int]]:
+        start = time.perf_counter_ns()
+        try:
+            drafts = self._chains(self.proposer.propose(slots, limits), limits)
+        except Exception:
+            self._failed("propose")
+            drafts = [self._propose_one(slots[i : i + 1], limits[i : i + 1]) for i in range(len(slots))]
+        self.counters.drafted += sum(map(len, drafts))
+        self.counters.propose_ns += time.perf_counter_ns() - start
+        return drafts
+
+    def _propose_one(self, slots: Int32Array, limits: Int32Array) -> list[int]:
+        try:
+            return self._chains(self.proposer.propose(slots, limits), limits)[0]
+        except Exception:
+            self.counters.errors += 1
+            self._turn_off(int(slots[0]))
+            return []
+
+    def _chains(self, forest: DraftForest, limits: Int32Array) -> list[list[int]]:
+        """The forest's chains as lists, checked: a token outside the vocabulary would crash the engine."""
+        offsets, tokens = forest.offsets, forest.tokens
+        sizes = np.diff(offsets)
+        if len(sizes) != len(limits) or offsets[0] != 0 or offsets[-1] != len(tokens):
+            raise ValueError(f"forest of {len(sizes)} requests and {len(tokens)} nodes does not fit {len(limits)} asked")
+        if (sizes < 0).any() or (sizes > limits).any():
+            raise ValueError(f"draft lengths {sizes.tolist()} exceed limits {limits.tolist()}")
+        if len(tokens):
+            if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
+                raise ValueError(f"draft token outside the vocabulary of {self.vocab_size}")
+            chain = np.arange(len(tokens), dtype=np.int32) - np.repeat(offsets[:-1], sizes) - 1
+            if not np.array_equal(forest.parents, chain):
+                raise ValueError("this host verifies chains only, and the forest branches")
+        flat, bounds = tokens.tolist(), offsets.tolist()
+        return [flat[a:b] for a, b in itertools.pairwise(bounds)]
+
+    def _turn_off(self, slot: int) -> None:
+        self.counters.requests_without_drafts += 1
+        self._slots.off[slot] = True
+        try:
+            self.proposer.remove_request(slot)
+        except Exception:
+            self.counters.errors += 1
+
+    def _failed(self, method: str) -> None:
+        """Count the exception being handled; log it with its traceback the first time it comes from ``method``."""
+        self.counters.errors += 1
+        if method not in self._logged:
+            self._logged.add(method)
+            logger.exception(
+                "Proposer %s failed in %s; requests it fails on get no drafts, the server goes on. Logged once.",
+                self.proposer.name,
+                method,
+            )
+
+
+def _offsets(lengths: Int32Array) -> Int32Array:
+    out = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=out[1:])
+    return out
+
+
+def _select_rows(topk: tuple[Any, Any, Any, Any], keep: np.ndarray) -> tuple[Any, Any, Any, Any]:
+    """The verified rows of the requests in ``keep``."""
+    row_tokens, row_offsets, ids, logprobs = topk
+    sizes = np.diff(row_offsets)
+    rows = np.repeat(keep, sizes)
+    return row_tokens[rows], _offsets(sizes[keep]), ids[rows], logprobs[rows]
+
+
+def _one(step: StepResult, i: int) -> StepResult:
+    """The part of ``step`` that is about its ``i``-th request."""
+    keep = np.zeros(len(step.slots), bool)
+    keep[i] = True
+    a, b = int(step.offsets[i]), int(step.offsets[i + 1])
+    topk: tuple[Any, Any, Any, Any] = (None, None, None, None)
+    if step.row_offsets is not None:
+        topk = _select_rows((step.row_tokens, step.row_offsets, step.topk_ids, step.topk_logprobs), keep)
+    return StepResult(
+        step.slots[keep],
+        step.tokens[a:b],
+        np.array([0, b - a], np.int32),
+        step.num_drafted[keep],
+        step.num_accepted[keep],
+        *topk,
+    )

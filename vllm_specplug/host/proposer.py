@@ -1,0 +1,195 @@
+"""The class vLLM builds for ``--spec-model vllm_specplug.<Name>``: a proposer with the engine around it.
+
+vLLM's ``custom_class`` method (v1/spec_decode/custom_class_proposer.py) builds it with the engine's
+configuration alone; the runner patches in :mod:`vllm_specplug.host.runner` hand it the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_specplug import registry
+from vllm_specplug.host import compat, runner
+from vllm_specplug.host.lifecycle import Lifecycle, Rows
+from vllm_specplug.proposers.base import Int32Array, Request
+
+logger = logging.getLogger("vllm.specplug")
+
+#: Request-body field (``vllm_xargs``) naming the tenant whose learned state a request may share.
+TENANT_ARG = "specplug_tenant"
+
+
+class HostProposer:
+    """One proposer inside one vLLM worker. Subclasses are made by :func:`host_class`, one per registry entry."""
+
+    is_specplug = True
+    entry: registry.Entry
+
+    def __init__(self, vllm_config: Any) -> None:
+        """Build the proposer.
+
+        Raises:
+            options.OptionError: a setting is wrong (servers find that out earlier, in the front process).
+            patching.HostSymbolMissing: this vLLM lacks something the plugin relies on.
+        """
+        compat.require()
+        runner.install()
+        user = registry.parse_options(vllm_config.additional_config)
+        self.max_draft_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
+        self.max_model_len = int(vllm_config.model_config.max_model_len)
+        inner = self.entry.load()(user.section(self.entry))
+        self.lifecycle = Lifecycle(inner, int(vllm_config.model_config.get_vocab_size()))
+        self._drafts = user.general.enabled and _reports_to_scheduler(vllm_config.parallel_config)
+        self._topk: tuple[np.ndarray, np.ndarray] | None = None
+
+    def load_model(self, target_model: Any) -> None:
+        """Called once by the runner after it has loaded the target model: compile before the first request."""
+        if not self._drafts:
+            return
+        start = time.perf_counter()
+        self.lifecycle.proposer.warm_up()
+        logger.info(
+            "vllm-specplug: proposer %s is ready (at most %d draft tokens per request and step, warm-up %.1f s).%s",
+            self.lifecycle.proposer.name,
+            self.max_draft_tokens,
+            time.perf_counter() - start,
+            "" if self.lifecycle.proposer.lossless else " Its output is APPROXIMATE, as asked for by name.",
+        )
+
+    def propose(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        """vLLM's own call, which :mod:`vllm_specplug.host.runner` replaces by :meth:`draft`."""
+        raise RuntimeError(
+            "vllm-specplug's patch of the model runner is not in effect in this process: was it undone by another "
+            f"plugin? (vLLM {compat.vllm_version()}; run `specplug doctor`)"
+        )
+
+    def on_states_updated(self, scheduler_output: Any) -> None:
+        """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
+        if scheduler_output.finished_req_ids:
+            self.lifecycle.end(list(scheduler_output.finished_req_ids))
+
+    def on_logits(self, runner: Any, logits: Any, spec_decode_metadata: Any) -> None:
+        """Keep the target's top-k of every verified row, where the proposer asks for it."""
+        if not self._drafts or logits is None or not self.lifecycle.proposer.wants_topk:
+            return
+        values, ids = torch.topk(logits.float(), self.lifecycle.proposer.topk, dim=-1)
+        values -= torch.logsumexp(logits.float(), dim=-1, keepdim=True)
+        self._topk = (ids.to(torch.int32).cpu().numpy(), values.cpu().numpy())
+
+    def draft(
+        self, runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]], spec_decode_metadata: Any
+    ) -> list[list[int]]:
+        """One step: what the target emitted in, drafts for the next step out, both by batch row."""
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        if not self._drafts:
+            return drafts
+        batch = runner.input_batch
+        rows = [i for i, tokens in enumerate(sampled_token_ids) if tokens]  # a prefill chunk emits nothing
+        if not rows:
+            return drafts
+        index = np.array(rows, np.int32)
+        verified = np.zeros(len(sampled_token_ids), np.int32)
+        if spec_decode_metadata is not None:
+            verified[:] = spec_decode_metadata.num_draft_tokens[: len(sampled_token_ids)]
+        totals = batch.num_tokens_no_spec[index].astype(np.int32)
+        asked = getattr(scheduler_output, "num_spec_tokens_to_schedule", self.max_draft_tokens)
+        limit = self.max_draft_tokens if asked is None else min(self.max_draft_tokens, int(asked))
+        step = Rows(
+            rows=index,
+            ids=[batch.req_ids[i] for i in rows],
+            emitted=[sampled_token_ids[i] for i in rows],
+            totals=totals,
+            drafted=verified[index],
+            limits=np.full(len(rows), limit, np.int32),
+            topk=self._take_topk(batch, index, totals, sampled_token_ids, verified, spec_decode_metadata),
+        )
+        found = self.lifecycle.step(step, lambda row, rid, slot: self._request(runner, row, rid, slot))
+        for row, tokens in zip(rows, found, strict=True):
+            drafts[row] = tokens
+        return drafts
+
+    def _take_topk(
+        self,
+        batch: Any,
+        index: Int32Array,
+        totals: Int32Array,
+        sampled_token_ids: list[list[int]],
+        verified: Int32Array,
+        spec_decode_metadata: Any,
+    ) -> tuple[Any, Any, Any, Any] | None:
+        """What :meth:`on_logits` kept, with the input token of each row, for the requests of ``index``."""
+        if self._topk is None:
+            return None
+        (ids, logprobs), self._topk = self._topk, None
+        sizes = verified + 1
+        starts = np.cumsum(sizes) - sizes
+        tokens = np.zeros(len(ids), np.int32)
+        is_first = np.zeros(len(ids), bool)
+        is_first[starts] = True
+        if spec_decode_metadata is not None:
+            tokens[~is_first] = spec_decode_metadata.draft_token_ids.cpu().numpy()
+        emitted = np.array([len(sampled_token_ids[i]) for i in index], np.int32)
+        tokens[starts[index]] = batch.token_ids_cpu[index, totals - emitted - 1]
+        mine = np.zeros(len(sizes), bool)
+        mine[index] = True
+        keep = np.repeat(mine, sizes)
+        offsets = np.zeros(len(index) + 1, np.int32)
+        np.cumsum(sizes[index], out=offsets[1:])
+        return tokens[keep], offsets, ids[keep], logprobs[keep]
+
+    def _request(self, runner: Any, row: int, request_id: str, slot: int) -> Request:
+        """The engine's request in ``row``, with every token it holds now."""
+        state = runner.requests[request_id]
+        total = int(runner.input_batch.num_tokens_no_spec[row])
+        tokens = runner.input_batch.token_ids_cpu[row, :total].astype(np.int32)
+        num_output = len(state.output_token_ids)
+        if state.prompt_token_ids is None:  # prompt embeddings: there are no ids
+            tokens[: total - num_output] = -1
+        for feature in state.mm_features or ():
+            tokens[feature.mm_position.offset : feature.mm_position.offset + feature.mm_position.length] = -1
+        params = state.sampling_params
+        bound = self.max_model_len
+        if params.max_tokens is not None:
+            bound = min(bound, total - num_output + params.max_tokens)
+        extra = params.extra_args or {}
+        lora = state.lora_request.lora_name if state.lora_request is not None else ""
+        return Request(
+            slot=slot,
+            request_id=request_id,
+            prompt=tokens,
+            num_output=num_output,
+            max_tokens=bound,
+            temperature=float(params.temperature),
+            # Two free-form names: repr keeps ("a", "b") apart from ("a'", ...) spellings that would collide.
+            namespace=repr((str(extra.get(TENANT_ARG, "")), lora)),
+            group=_sample_group(request_id),
+            extra_args=extra,
+        )
+
+
+def _sample_group(request_id: str) -> str | None:
+    """What the samples of one ``n > 1`` request share: vLLM names them ``<index>_<parent id>``
+    (v1/engine/parallel_sampling.py)."""
+    index, _, parent = request_id.partition("_")
+    return parent if parent and index.isdecimal() else None
+
+
+def _reports_to_scheduler(parallel_config: Any) -> bool:
+    """Whether this rank's drafts are read: under tensor parallelism the executor asks the first rank only
+    (v1/executor/multiproc_executor.py), except where every rank runs its own scheduler."""
+    if parallel_config.tensor_parallel_size == 1 or parallel_config.distributed_executor_backend == "external_launcher":
+        return True
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+    return get_tensor_model_parallel_rank() == 0
+
+
+def host_class(entry: registry.Entry) -> type[HostProposer]:
+    """The class for ``vllm_specplug.<entry.name>``."""
+    doc = f"vLLM proposer class of {entry.target}."
+    return type(entry.name, (HostProposer,), {"entry": entry, "__module__": registry.PACKAGE, "__doc__": doc})
