@@ -14,7 +14,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """The class vLLM builds for ``vllm_specplug.<name>``."""
-    if name.startswith("_"):
+    # Only class names can be proposers; asking the registry for a submodule's name would recurse into here.
+    if not name[:1].isupper():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from vllm_specplug import registry
 

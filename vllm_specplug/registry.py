@@ -12,9 +12,11 @@ one of its options is set.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -136,13 +138,19 @@ def parse_options(additional_config: Any) -> PluginOptions:
                 f"{options.ROOT}: {', '.join(sorted(known))}."
             )
     general = options.parse(GeneralOptions, {k: v for k, v in data.items() if k in general_names}, options.ROOT)
-    options.check_environment(info.env for info in option_tree())
+    if any(name.startswith(options.ENV_PREFIX) for name in os.environ):  # it imports every proposer
+        options.check_environment(info.env for info in option_tree())
     return PluginOptions(general, sections)
 
 
 def option_tree() -> list[options.OptionInfo]:
-    """Every option of the plugin and of each registered proposer that can be imported."""
+    """Every option of the plugin and of each registered proposer that can be imported.
+
+    One that cannot (another package's, broken) must not stop a server that does not use it; ``specplug doctor``
+    names it.
+    """
     rows = options.describe(GeneralOptions, options.ROOT)
     for entry in proposers().values():
-        rows += options.describe(entry.load().Options, f"{options.ROOT}.{entry.section}")
+        with contextlib.suppress(options.OptionError):
+            rows += options.describe(entry.load().Options, f"{options.ROOT}.{entry.section}")
     return rows
