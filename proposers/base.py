@@ -173,12 +173,12 @@ class Proposer(abc.ABC):
     def remove_request(self, slot: int) -> None:
         """Forget a request that finished or was aborted."""
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> None:  # noqa: B027 - an optional hook
         """Do slow one-time work (compilation) before the first request. Default: nothing."""
 
     def stats(self) -> dict[str, float]:
         """Counters and sizes for metrics, e.g. ``store_bytes``. Default: none."""
         return {}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - an optional hook
         """Release what the garbage collector cannot. Default: nothing."""

@@ -70,9 +70,7 @@ SYMBOLS = (
     ),
     Symbol("vllm.v1.worker.gpu_input_batch", "InputBatch.req_ids", (), "request lifetimes"),
     Symbol("vllm.v1.core.sched.output", "SchedulerOutput", ("finished_req_ids",), "freeing ended requests"),
-    Symbol(
-        "vllm.v1.spec_decode.metadata", "SpecDecodeMetadata", ("num_draft_tokens", "draft_token_ids"), "acceptance"
-    ),
+    Symbol("vllm.v1.spec_decode.metadata", "SpecDecodeMetadata", ("num_draft_tokens", "draft_token_ids"), "acceptance"),
 )
 
 

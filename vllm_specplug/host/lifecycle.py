@@ -250,7 +250,9 @@ class Lifecycle:
         offsets, tokens = forest.offsets, forest.tokens
         sizes = np.diff(offsets)
         if len(sizes) != len(limits) or offsets[0] != 0 or offsets[-1] != len(tokens):
-            raise ValueError(f"forest of {len(sizes)} requests and {len(tokens)} nodes does not fit {len(limits)} asked")
+            raise ValueError(
+                f"forest of {len(sizes)} requests and {len(tokens)} nodes does not fit {len(limits)} asked"
+            )
         if (sizes < 0).any() or (sizes > limits).any():
             raise ValueError(f"draft lengths {sizes.tolist()} exceed limits {limits.tolist()}")
         if len(tokens):
