@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .base import SOURCE_CONTEXT, SOURCE_STORE
 from .suffix_automaton import (
     COUNT,
     DEGREE,
@@ -42,6 +43,9 @@ CLASSES = 18
 MAX_LEVELS = 12
 MAX_CANDIDATES = 6
 HISTORY = 16
+HISTORY_MASK = 0xFFFF
+RATE = 0.02
+LIMIT = 255.0
 
 
 class Mixture(NamedTuple):
@@ -94,13 +98,13 @@ def new_mixture() -> Mixture:
                     share = 1.0 if (c - 2) % 8 == 7 else ((c - 2) % 8 + 0.5) / 7
                     p = share * n / (n + k)
                 prob[:, b, t, c] = min(max(p, 0.002), 0.995)
-    prob = prob.reshape(-1)
-    stretch = np.log(prob / (1 - prob)).astype(np.float32)
+    flat = prob.reshape(-1)
+    stretch = np.log(flat / (1 - flat)).astype(np.float32)
     weights = np.zeros((81, SLOTS + 1), np.float32)
     weights[:] = 0.3
     weights[:, -1] = 0
     history = np.zeros((HISTORY, SLOTS + 1), np.float32)
-    return Mixture(prob, stretch, np.full(prob.shape, 4, np.float32), weights, history)
+    return Mixture(flat, stretch, np.full(flat.shape, 4, np.float32), weights, history)
 
 
 @kernel
@@ -226,13 +230,13 @@ def predict(
 
 
 @kernel
-def learn(mix: Mixture, scratch: Scratch, n: int, k: int, token: int, rate: float, limit: float) -> None:
+def learn(mix: Mixture, scratch: Scratch, n: int, k: int, token: int) -> None:
     """Update from the outcome of the prediction in ``scratch``."""
     wa = mix.weights[scratch.ctx[0]]
     wb = mix.history[scratch.ctx[1]]
     for j in range(k):
         hit = 1.0 if scratch.cand[j] == token else 0.0
-        step = (hit - scratch.p[j]) * rate
+        step = (hit - scratch.p[j]) * RATE
         wa[SLOTS] += step
         wb[SLOTS] += step
         for i in range(n):
@@ -245,5 +249,18 @@ def learn(mix: Mixture, scratch: Scratch, n: int, k: int, token: int, rate: floa
             p = mix.prob[cell] + (hit - mix.prob[cell]) / (seen + 1.5)
             mix.prob[cell] = p
             mix.stretch[cell] = np.log((p + 1e-4) / (1.0001 - p))
-            if seen < limit:
+            if seen < LIMIT:
                 mix.seen[cell] = seen + 1
+
+
+@kernel
+def source_of(scratch: Scratch, n: int, best: int) -> int:
+    """Which source knows candidate ``best`` in the longer context; the request's own text on a tie."""
+    local, store = -1, -1
+    for i in range(n):
+        if scratch.cell[best, i] % CLASSES >= 2:
+            if scratch.slot[i] < BUCKETS:
+                local = max(local, scratch.slot[i])
+            else:
+                store = max(store, scratch.slot[i] - BUCKETS)
+    return SOURCE_CONTEXT if local >= store else SOURCE_STORE

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_specplug.options import option
 
-from .base import DraftForest, Int32Array, Proposer, Request, StepResult
-from .mixture import Mixture, Scratch, learn, new_mixture, new_scratch, predict
-from .output_store import OutputStore
-from .suffix_automaton import LAST, LEN, SuffixAutomaton, advance, extend, has_room, kernel, load, record, settle
+from .base import DraftForest, Float32Array, Int8Array, Int32Array, Proposer, Request, StepResult
+from .mixture import HISTORY_MASK, Mixture, Scratch, learn, new_mixture, new_scratch, predict, source_of
+from .output_store import OutputStores
+from .suffix_automaton import (
+    LAST,
+    LEN,
+    TEXT,
+    SuffixAutomaton,
+    advance,
+    extend,
+    has_room,
+    kernel,
+    load,
+    record,
+    settle,
+    text_address,
+)
 
 Int64Array = npt.NDArray[np.int64]
+
+# Tokens a cursor is walked over to find its place in a store: longer contexts all fall in one length bucket.
+REWALK = 32
+# vLLM's own limit on draft tokens per request.
+MAX_DRAFT = 128
 
 
 @dataclass(frozen=True)
@@ -33,89 +51,89 @@ class RetrievalOptions:
     store_bytes: int = option(256 << 20, "memory for earlier outputs, all namespaces together", low=1 << 20)
 
 
+class _Slots(NamedTuple):
+    """State per slot, indexed by slot; no request: block 0."""
+
+    block: Int64Array  # address of the request's automaton
+    store: Int64Array  # address of its namespace's store, 0 if there is none yet
+    state: Int32Array  # cursor into the store: state and
+    matched: Int32Array  # matched tokens
+    history: Int32Array  # whether the best candidate was right, newest in bit 0
+
+
 @kernel
 def _observe(
     mix: Mixture,
     scratch: Scratch,
-    blocks: Int64Array,
-    stores: Int64Array,
-    state: Int32Array,
-    matched: Int32Array,
-    history: Int32Array,
+    per: _Slots,
     slots: Int32Array,
     tokens: Int32Array,
     offsets: Int32Array,
     done: Int32Array,
     context: bool,
-    rate: float,
-    limit: float,
 ) -> int:
-    stuck = 0
+    """Learn from emitted tokens and append them; counts in ``done``. Returns how many requests' blocks are full."""
+    full = 0
     for i in range(len(slots)):
         slot = slots[i]
-        block = blocks[slot]
-        store = stores[slot]
+        block, store = per.block[slot], per.store[slot]
+        state, matched = np.int64(per.state[slot]), np.int64(per.matched[slot])
+        history = np.int64(per.history[slot])
+        if store != 0:
+            state = settle(store, state, matched)
         for at in range(offsets[i] + done[i], offsets[i + 1]):
             token = np.int64(tokens[at])
             if not has_room(block, token):
-                stuck += 1
+                full += 1
                 break
             done[i] += 1
-            if store != 0:
-                state[slot] = settle(store, state[slot], matched[slot])
             if token >= 0:
                 last = load(block, LAST)
+                length = load(record(block, last), LEN)
                 n, k, best = predict(
-                    mix,
-                    scratch,
-                    block,
-                    last,
-                    load(record(block, last), LEN),
-                    store,
-                    state[slot],
-                    matched[slot],
-                    history[slot],
+                    mix, scratch, block if context else 0, last, length, store, state, matched, history
                 )
-                learn(mix, scratch, n, k, token, rate, limit)
+                learn(mix, scratch, n, k, token)
                 hit = 1 if k > 0 and scratch.cand[best] == token else 0
-                history[slot] = (history[slot] << 1 | hit) & 0xFFFF
+                history = (history << 1 | hit) & HISTORY_MASK
             extend(block, token)
             if store != 0:
-                state[slot], matched[slot] = advance(store, state[slot], matched[slot], token)
-    return stuck
+                state, matched = advance(store, state, matched, token)
+        per.state[slot] = state
+        per.matched[slot] = matched
+        per.history[slot] = history
+    return full
 
 
 @kernel
 def _propose(
     mix: Mixture,
     scratch: Scratch,
-    blocks: Int64Array,
-    stores: Int64Array,
-    state: Int32Array,
-    matched: Int32Array,
-    history: Int32Array,
+    per: _Slots,
     slots: Int32Array,
     limits: Int32Array,
     min_prob: float,
+    context: bool,
     tokens: Int32Array,
     parents: Int32Array,
-    probs: npt.NDArray[np.float32],
-    sources: npt.NDArray[np.int8],
+    probs: Float32Array,
+    sources: Int8Array,
     offsets: Int32Array,
 ) -> int:
+    """Draft chains into the output arrays; returns the number of nodes."""
     size = 0
     for i in range(len(slots)):
         slot = slots[i]
-        block, store = blocks[slot], stores[slot]
-        lstate = load(block, LAST)
-        lmatched = load(record(block, lstate), LEN)
-        sstate, smatched = np.int64(state[slot]), np.int64(matched[slot])
+        block, store = per.block[slot], per.store[slot]
+        local = load(block, LAST)
+        length = load(record(block, local), LEN)
+        state, matched = np.int64(per.state[slot]), np.int64(per.matched[slot])
+        history = np.int64(per.history[slot])
         if store != 0:
-            sstate = settle(store, sstate, smatched)
-        hist = np.int64(history[slot])
+            state = settle(store, state, matched)
         path = 1.0
         for depth in range(limits[i]):
-            n, k, best = predict(mix, scratch, block, lstate, lmatched, store, sstate, smatched, hist)
+            n, k, best = predict(mix, scratch, block if context else 0, local, length, store, state, matched, history)
             if k == 0:
                 break
             path *= scratch.p[best]
@@ -125,93 +143,159 @@ def _propose(
             tokens[size] = token
             parents[size] = depth - 1
             probs[size] = path
-            sources[size] = 0
+            sources[size] = source_of(scratch, n, best)
             size += 1
-            lstate, lmatched = advance(block, lstate, lmatched, token)
+            local, length = advance(block, local, length, token)
             if store != 0:
-                sstate, smatched = advance(store, sstate, smatched, token)
-            hist = hist << 1 | 1
+                state, matched = advance(store, state, matched, token)
+            history = (history << 1 | 1) & HISTORY_MASK
         offsets[i + 1] = size
     return size
 
 
 @kernel
-def _walk(store: int, tokens: Int32Array) -> tuple[int, int]:
-    state, matched = 0, 0
-    for token in tokens:
-        state, matched = advance(store, state, matched, token)
-    return state, matched
+def _rewalk(store: int, per: _Slots, slot: int) -> None:
+    """Put a request's cursor into ``store`` where the end of its text is."""
+    block = per.block[slot]
+    text, size = text_address(block), load(block, TEXT)
+    s, m = np.int64(0), np.int64(0)
+    if store != 0:
+        for at in range(max(0, size - REWALK), size):
+            s, m = advance(store, s, m, load(text, at))
+    per.state[slot] = s
+    per.matched[slot] = m
+
+
+class _Live:
+    """What is kept in Python of a live request."""
+
+    __slots__ = ("automaton", "first_output", "namespace")
+
+    def __init__(self, automaton: SuffixAutomaton, first_output: int, namespace: str) -> None:
+        self.automaton = automaton
+        self.first_output = first_output
+        self.namespace = namespace
+
+
+def _int32(name: str, value: npt.ArrayLike) -> Int32Array:
+    array = np.asarray(value)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be a one-dimensional array of whole numbers, got {array.dtype}{array.shape}")
+    return np.ascontiguousarray(array, dtype=np.int32)
 
 
 class Retrieval(Proposer):
-    """See the module."""
+    """Drafts what followed the same words before, in this request or in earlier outputs of its namespace.
+
+    Context lookup as in SAM-Decoding (arXiv 2411.10666) and SuffixDecoding (arXiv 2411.04975), but all context lengths
+    of both sources vote, and the vote is a calibrated probability (see :mod:`.mixture`).
+    """
 
     name: ClassVar[str] = "retrieval"
     Options: ClassVar[type] = RetrievalOptions
-    rate = 0.02
-    limit = 255.0
 
     def __init__(self, options: RetrievalOptions | None = None) -> None:
         self.options = options or RetrievalOptions()
         self._mix = new_mixture()
         self._scratch = new_scratch()
-        n = 64
-        self._blocks = np.zeros(n, np.int64)
-        self._stores = np.zeros(n, np.int64)
-        self._state = np.zeros(n, np.int32)
-        self._matched = np.zeros(n, np.int32)
-        self._history = np.zeros(n, np.int32)
-        self._live: dict[int, tuple[SuffixAutomaton, Request, int]] = {}
-        self._store: dict[str, OutputStore] = {}
+        self._live: dict[int, _Live] = {}
+        self._outputs = OutputStores(self.options.store_bytes)
+        wide, narrow = np.zeros(0, np.int64), np.zeros(0, np.int32)
+        self._slots = _Slots(wide, wide, narrow, narrow, narrow)
+        self._epochs = wide
+
+    def _reserve(self, slot: int) -> None:
+        size = len(self._epochs)
+        if slot >= size:
+            more = max(64, size, slot + 1 - size)
+            self._slots = _Slots(*(np.concatenate([old, np.zeros(more, old.dtype)]) for old in self._slots))
+            self._epochs = np.concatenate([self._epochs, np.zeros(more, np.int64)])
+
+    def _check(self, slots: Int32Array) -> None:
+        """Compiled code does not check bounds."""
+        if len(slots) == 0:
+            return
+        if slots.min() >= 0 and slots.max() < len(self._epochs) and self._slots.block[slots].all():
+            return
+        bad = next(int(s) for s in slots if int(s) not in self._live)
+        raise ValueError(f"slot {bad} has no request")
 
     def add_request(self, request: Request) -> None:
-        prompt = np.ascontiguousarray(request.prompt, np.int32)
-        sam = SuffixAutomaton(len(prompt) + len(prompt) // 4 + 128, keep_text=True)
-        sam.extend(prompt)
-        slot = request.slot
-        self._live[slot] = (sam, request, len(prompt) - request.num_output)
-        self._blocks[slot] = sam.address
-        self._history[slot] = 0
-        self._stores[slot] = 0
-        self._state[slot] = self._matched[slot] = 0
-        if self.options.store:
-            store = self._store.setdefault(request.namespace, OutputStore())
-            self._stores[slot] = store.primary.address
-            self._state[slot], self._matched[slot] = _walk(store.primary.address, prompt[-32:])
+        """Admit a request. Raises ``ValueError`` if its slot is taken or negative, or ``num_output`` impossible."""
+        slot, prompt = request.slot, _int32("prompt", request.prompt)
+        if slot < 0 or slot in self._live:
+            raise ValueError(f"slot {slot} is {'negative' if slot < 0 else 'taken'} (request {request.request_id})")
+        if not 0 <= request.num_output <= len(prompt):
+            raise ValueError(f"request {request.request_id}: {request.num_output} outputs in {len(prompt)} tokens")
+        # Room for a modest answer; max_tokens is often the model's whole context.
+        room = min(len(prompt) // 4 + 128, max(request.max_tokens - len(prompt), 1))
+        automaton = SuffixAutomaton(len(prompt) + room, keep_text=True)
+        automaton.extend(prompt)
+        self._reserve(slot)
+        self._live[slot] = _Live(automaton, len(prompt) - request.num_output, request.namespace)
+        self._slots.block[slot] = automaton.address
+        self._slots.history[slot] = 0
+        self._enter_store(slot, request.namespace)
+
+    def _enter_store(self, slot: int, namespace: str) -> None:
+        address, epoch = self._outputs.find(namespace) if self.options.store else (0, -1)
+        self._slots.store[slot], self._epochs[slot] = address, epoch
+        _rewalk(address, self._slots, slot)
 
     def remove_request(self, slot: int) -> None:
-        sam, request, start = self._live.pop(slot)
-        if self.options.store:
-            store = self._store[request.namespace]
-            store.add(sam.text[start:])
-            for s, (_, r, _) in self._live.items():
-                if r.namespace == request.namespace:
-                    self._stores[s] = store.primary.address
+        """Free a request's memory at once and store its output. Raises ``ValueError`` for an unknown slot."""
+        if slot not in self._live:
+            raise ValueError(f"slot {slot} has no request")
+        live = self._live.pop(slot)
+        self._slots.block[slot] = self._slots.store[slot] = 0
+        output = live.automaton.text[live.first_output :]
+        if not self.options.store or not len(output):
+            return
+        self._outputs.add(live.namespace, output)
+        for other, request in self._live.items():
+            address, epoch = self._outputs.find(request.namespace)
+            if epoch == self._epochs[other]:
+                self._slots.store[other] = address
+            else:
+                self._enter_store(other, request.namespace)
 
     def observe(self, step: StepResult) -> None:
-        done = np.zeros(len(step.slots), np.int32)
+        """Learn from the emitted tokens. Raises ``ValueError`` for an unknown slot or inconsistent arrays."""
+        slots, tokens = _int32("slots", step.slots), _int32("tokens", step.tokens)
+        offsets = _int32("offsets", step.offsets)
+        self._check(slots)
+        if (
+            len(offsets) != len(slots) + 1
+            or offsets[0] < 0
+            or offsets[-1] > len(tokens)
+            or (np.diff(offsets) < 0).any()
+        ):
+            raise ValueError(f"offsets {offsets!r} do not cut {len(tokens)} tokens into {len(slots)} requests")
+        done = np.zeros(len(slots), np.int32)
         while _observe(
             self._mix,
             self._scratch,
-            self._blocks,
-            self._stores,
-            self._state,
-            self._matched,
-            self._history,
-            step.slots,
-            step.tokens,
-            step.offsets,
+            self._slots,
+            slots,
+            tokens,
+            offsets,
             done,
             self.options.context,
-            self.rate,
-            self.limit,
         ):
-            for i in np.flatnonzero(done < np.diff(step.offsets)):
-                slot = int(step.slots[i])
-                self._live[slot][0].grow()
-                self._blocks[slot] = self._live[slot][0].address
+            for i in np.flatnonzero(done < np.diff(offsets)):
+                slot = int(slots[i])
+                automaton = self._live[slot].automaton
+                automaton.grow()
+                self._slots.block[slot] = automaton.address
 
     def propose(self, slots: Int32Array, limits: Int32Array) -> DraftForest:
+        """Draft one chain per request. Raises ``ValueError`` for an unknown slot or a bad limit."""
+        slots, limits = _int32("slots", slots), _int32("limits", limits)
+        self._check(slots)
+        if len(limits) != len(slots) or (limits < 0).any():
+            raise ValueError(f"limits {limits!r} for {len(slots)} requests")
+        # Path probabilities only fall, so min_prob bounds no chain's length; a chain of certainties is cut here.
+        limits = np.minimum(limits, MAX_DRAFT)
         total = int(limits.sum())
         tokens, parents = np.empty(total, np.int32), np.empty(total, np.int32)
         probs, sources = np.empty(total, np.float32), np.empty(total, np.int8)
@@ -219,14 +303,11 @@ class Retrieval(Proposer):
         size = _propose(
             self._mix,
             self._scratch,
-            self._blocks,
-            self._stores,
-            self._state,
-            self._matched,
-            self._history,
+            self._slots,
             slots,
             limits,
             self.options.min_prob,
+            self.options.context,
             tokens,
             parents,
             probs,
@@ -234,3 +315,31 @@ class Retrieval(Proposer):
             offsets,
         )
         return DraftForest(tokens[:size], parents[:size], probs[:size], sources[:size], offsets)
+
+    def warm_up(self) -> None:
+        """Compile every kernel, or load it from the disk cache, by a small real run on a throwaway proposer."""
+        trial = Retrieval(RetrievalOptions(min_prob=0.0))
+        slots, none = np.zeros(1, np.int32), np.zeros(1, np.int32)
+        text = np.tile(np.arange(7, dtype=np.int32), 40)
+        for _ in range(2):
+            trial.add_request(Request(0, "warm-up", text))
+            trial.observe(StepResult(slots, text, np.array([0, len(text)], np.int32), none, none))
+            trial.propose(slots, np.array([4], np.int32))
+            trial.remove_request(0)
+
+    def stats(self) -> dict[str, float]:
+        """Sizes: requests, bytes, tokens; and how often old outputs were evicted."""
+        return {
+            "live_requests": len(self._live),
+            "context_bytes": sum(r.automaton.nbytes for r in self._live.values()),
+            "store_bytes": self._outputs.nbytes,
+            "store_tokens": self._outputs.num_tokens,
+            "store_namespaces": self._outputs.num_namespaces,
+            "evictions": self._outputs.evictions,
+        }
+
+    def close(self) -> None:
+        """Forget all requests and outputs."""
+        self._live.clear()
+        self._slots.block[:] = self._slots.store[:] = 0
+        self._outputs.clear()

@@ -406,7 +406,7 @@ def new_block(state_cap: int, text_cap: int, table_cap: int) -> tuple[Int32Array
 
 
 # Sizes of a fresh block for a text of n tokens. English, code and dialogue in a 49k vocabulary need 1.3 to 1.5 states
-# per token and a table of 0.4 to 0.9 used entries per token (the root's edges, and common words); what does not fit grows.
+# per token and 0.4 to 0.7 table entries per token (the root's edges, and common words); what does not fit grows.
 _STATES_PER_TOKEN = 1.5
 _ENTRIES_PER_TOKEN = 0.75
 
@@ -454,29 +454,40 @@ class SuffixAutomaton:
         start = (HEADER_BYTES + self._header(STATE_CAP) * STATE_BYTES) // 4
         return self._words()[start : start + self._header(TEXT)]
 
-    def grow(self, tokens: int = 0) -> None:
-        """Move to a block with room for at least ``tokens`` more tokens, doubling whatever is nearly full."""
+    def _next_capacities(self) -> tuple[int, int, int]:
+        """Capacities after growth: whatever is nearly full doubles."""
         states, text, entries = self._header(STATES), self._header(TEXT), self._header(ENTRIES)
-        state_cap, text_cap, table_cap = (self._header(f) for f in (STATE_CAP, TEXT_CAP, TABLE_CAP))
-        if states + 2 * (tokens + 1) > state_cap:
-            state_cap = max(2 * state_cap, states + 2 * (tokens + 1))
-        if text_cap and text + tokens >= text_cap:
-            text_cap = max(2 * text_cap, (text + tokens + 16) // 16 * 16)
-        if entries * 2 > table_cap:
+        old = state_cap, text_cap, table_cap = tuple(self._header(f) for f in (STATE_CAP, TEXT_CAP, TABLE_CAP))
+        if states * 4 >= state_cap * 3:
+            state_cap *= 2
+        if text * 4 >= text_cap * 3:
+            text_cap *= 2
+        if entries * 2 >= table_cap or (state_cap, text_cap) == old[:2]:
             table_cap *= 2
-        if (state_cap, text_cap, table_cap) == tuple(self._header(f) for f in (STATE_CAP, TEXT_CAP, TABLE_CAP)):
-            table_cap *= 2  # one token wants more entries than a nearly empty table has
-        owner, address = new_block(state_cap, text_cap, table_cap)
+        return state_cap, text_cap, table_cap
+
+    @property
+    def next_nbytes(self) -> int:
+        """What :attr:`nbytes` would be after :meth:`grow`."""
+        return block_bytes(*self._next_capacities())
+
+    def grow(self) -> None:
+        """Move to a larger block."""
+        owner, address = new_block(*self._next_capacities())
         _copy(self.address, address)
         self._owner, self.address = owner, address
 
+    def try_extend(self, tokens: Int32Array, start: int = 0) -> int:
+        """Append ``tokens[start:]`` (``int32``) while they fit; returns how many of ``tokens`` are in now."""
+        return int(_extend_all(self.address, tokens, start))
+
     def extend(self, tokens: npt.ArrayLike) -> None:
-        """Append tokens to the current sequence; negative ones cut it."""
+        """Append tokens to the current sequence, growing as needed; negative ones cut it."""
         array = np.ascontiguousarray(tokens, dtype=np.int32)
-        done = _extend_all(self.address, array, 0)
+        done = self.try_extend(array)
         while done < len(array):
             self.grow()
-            done = _extend_all(self.address, array, done)
+            done = self.try_extend(array, done)
 
     def cut(self) -> None:
         """Start another sequence: no context reaches across."""
