@@ -9,10 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import model
+from . import doctor, model, options
 from .common import CommandError, installed_version
 
-COMMANDS = (model,)
+COMMANDS = (doctor, options, model)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,135 @@
+"""One arm's engine, in a process of its own. Started by :mod:`vllm_specplug.ab.arms`, never imported by it.
+
+A process per arm keeps an arm's compiled code, thread settings, plugins and failures to itself. The engine runs
+in this very process (no second engine process), so that a token's time is the time it left the engine's step.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_specplug.ab.arms import Arm, Block, EngineSettings
+
+
+def serve(connection: Connection, arm: Arm, settings: EngineSettings, log_path: str) -> None:
+    """Start the engine, then answer ``("generate", prompts, max_tokens)`` messages until the parent hangs up.
+
+    Replies are ``("ready", facts)``, ``("block", Block)`` or ``("failed", reason)``; everything printed here goes to
+    ``log_path``.
+    """
+    import signal
+
+    # Ctrl-C reaches the whole process group; the parent decides, and hanging up is its way to say so.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(settings.environment())
+    os.environ.update(arm.env)
+    try:
+        engine = _Engine(arm, settings)
+        connection.send(("ready", engine.facts()))
+        while True:
+            _, prompts, max_tokens = connection.recv()
+            connection.send(("block", engine.generate(prompts, max_tokens)))
+    except (EOFError, BrokenPipeError):
+        pass
+    except BaseException as error:
+        # SystemExit too: it is how the plugin refuses a setting, with its message.
+        import traceback
+
+        traceback.print_exc()
+        connection.send(("failed", _reason(error)))
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+class _Engine:
+    def __init__(self, arm: Arm, settings: EngineSettings) -> None:
+        from vllm import LLM
+
+        started = time.perf_counter()
+        self._llm = LLM(
+            model=settings.model,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+            enforce_eager=settings.eager,
+            speculative_config=arm.speculative_config,
+            additional_config=arm.additional_config or {},
+            seed=settings.seed,
+            disable_log_stats=False,  # the draft counters are part of the statistics
+        )
+        self._start_s = time.perf_counter() - started
+        self._sent = 0
+
+    def facts(self) -> dict[str, Any]:
+        import torch
+        import vllm
+
+        return {
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "start_s": self._start_s,
+        }
+
+    def _counter(self, name: str) -> int:
+        return sum(int(m.value) for m in self._llm.get_metrics() if m.name == f"vllm:spec_decode_{name}")
+
+    def generate(self, prompts: list[str], max_tokens: int) -> Block:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        from vllm_specplug.ab.arms import Block
+
+        tokenizer, engine = self._llm.get_tokenizer(), self._llm.llm_engine
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, output_kind=RequestOutputKind.DELTA)
+        ids = []
+        for prompt in prompts:
+            chat = [{"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            ids.append(tokenizer.encode(text, add_special_tokens=False))
+        drafted, accepted = self._counter("num_draft_tokens"), self._counter("num_accepted_tokens")
+
+        index = {}
+        sent = time.perf_counter()
+        for i, prompt_ids in enumerate(ids):
+            request_id = str(self._sent)
+            self._sent += 1
+            index[request_id] = i
+            engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params)
+        outputs: list[list[int]] = [[] for _ in prompts]
+        first = last = None
+        at_first = steps = 0
+        while engine.has_unfinished_requests():
+            finished_step = engine.step()
+            now = time.perf_counter()
+            for output in finished_step:
+                tokens = output.outputs[0].token_ids
+                if not tokens:
+                    continue
+                mine = outputs[index[output.request_id]]
+                steps += bool(mine)  # a request's first tokens come from its prefill, not from a decode step
+                mine.extend(tokens)
+                last = now
+            if first is None and last is not None:
+                first, at_first = last, sum(map(len, outputs))
+        seconds = last - first if first is not None and last is not None else 0.0
+        return Block(
+            outputs=outputs,
+            texts=[tokenizer.decode(tokens) for tokens in outputs],
+            first_s=(first - sent) if first is not None else 0.0,
+            seconds=seconds,
+            timed_tokens=sum(map(len, outputs)) - at_first,
+            decoded=sum(len(tokens) - 1 for tokens in outputs if tokens),
+            steps=steps,
+            drafted=self._counter("num_draft_tokens") - drafted,
+            accepted=self._counter("num_accepted_tokens") - accepted,
+        )
