@@ -10,6 +10,7 @@ from __future__ import annotations
 
 def register() -> None:
     """Teach vLLM's engine arguments this plugin's flags and checks. Idempotent."""
-    from vllm_specplug.host import engine_args
+    from vllm_specplug.host import engine_args, numba_guard
 
     engine_args.install()
+    numba_guard.protect()

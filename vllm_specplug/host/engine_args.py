@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_specplug import options, registry
-from vllm_specplug.host import compat, patching
+from vllm_specplug.host import compat, numba_guard, patching
 
 #: Older spellings of vLLM's own flags, still in many launch scripts: flag -> (current flag, destination, type).
 OLDER_FLAGS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
@@ -86,6 +86,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         """Check the plugin's settings before any engine is built. Every entry point, ``LLM`` included, comes
         through here; vLLM's own settings are left to vLLM."""
         check(self)
+        numba_guard.protect()  # check() may have imported numba, and so may an earlier engine of this process
         return original(self, *args, **kwargs)
 
     return create_engine_config
