@@ -70,8 +70,6 @@ def specplug(proposer: str = "Retrieval", tokens: int = 8, options: Mapping[str,
         f"vllm_specplug.{proposer} (K={tokens})",
         {"method": "custom_class", "model": f"vllm_specplug.{proposer}", "num_speculative_tokens": tokens},
         {"specplug": dict(options)} if options else {},
-        # The arm is about this plugin, also where the user's environment lists other plugins only.
-        {},
     )
 
 
@@ -186,10 +184,10 @@ class ArmProcess:
         self._process.join(5)
         return self._process.exitcode
 
-    def close(self) -> None:
-        """End the engine process. Safe to call twice."""
+    def close(self, grace_s: float = 10.0) -> None:
+        """End the engine process: hang up, and kill it if it has not ended ``grace_s`` later. Safe to call twice."""
         self._connection.close()
-        self._process.join(10)
+        self._process.join(grace_s)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
@@ -253,9 +251,12 @@ def run(
                         progress(name, "done" if done == len(blocks) else "running", done)
                     except ArmFailed as error:
                         _give_up(result, live, error, progress)
-        finally:
-            for process in live.values():
-                process.close()
+        except BaseException:
+            for process in live.values():  # interrupted: an engine amid a block would not notice for a while
+                process.close(grace_s=0)
+            raise
+        for process in live.values():
+            process.close()
     return results
 
 

@@ -9,10 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import doctor, model, options
+from . import demo, doctor, model, options
 from .common import CommandError, installed_version
 
-COMMANDS = (doctor, options, model)
+COMMANDS = (demo, doctor, options, model)
 
 
 def build_parser() -> argparse.ArgumentParser:
