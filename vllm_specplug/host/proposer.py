@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vllm_specplug import registry
-from vllm_specplug.host import compat, runner
+from vllm_specplug.host import compat, cpu_sampling, runner
 from vllm_specplug.host.lifecycle import Lifecycle, Rows
 from vllm_specplug.proposers.base import Int32Array, Request
 
@@ -39,6 +39,7 @@ class HostProposer:
         """
         compat.require()
         runner.install()
+        cpu_sampling.install()
         user = registry.parse_options(vllm_config.additional_config)
         self.max_draft_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
         self.max_model_len = int(vllm_config.model_config.max_model_len)
