@@ -67,7 +67,7 @@ def specplug(proposer: str = "Retrieval", tokens: int = 8, options: Mapping[str,
     """A proposer of this plugin, or one registered with it."""
     return Arm(
         proposer.lower(),
-        f"vllm_specplug.{proposer} (K={tokens})",
+        f"specplug {proposer} (K={tokens})",
         {"method": "custom_class", "model": f"vllm_specplug.{proposer}", "num_speculative_tokens": tokens},
         {"specplug": dict(options)} if options else {},
     )
@@ -108,6 +108,7 @@ class Block:
         outputs, texts: per prompt, its tokens and their text.
         first_s: from sending to the block's first token.
         seconds: from the block's first token to its last.
+        cpu_seconds: processor time that the engine's process used meanwhile, all its threads together.
         timed_tokens: tokens emitted in ``seconds``.
         decoded: tokens after each request's first.
         steps: decode steps summed over requests; ``decoded / steps`` is the mean number of tokens per step (MAT).
@@ -118,6 +119,7 @@ class Block:
     texts: list[str]
     first_s: float
     seconds: float
+    cpu_seconds: float
     timed_tokens: int
     decoded: int
     steps: int
@@ -242,7 +244,9 @@ def run(
         try:
             _start(group, live, settings, log_dir, progress)
             for done, prompts in enumerate(blocks, 1):
-                for result in group:
+                # Another arm begins with each block, so that none is always the one after a pause.
+                turn = done % len(group)
+                for result in [*group[turn:], *group[:turn]]:
                     name = result.arm.name
                     if name not in live:
                         continue

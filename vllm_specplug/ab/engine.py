@@ -108,9 +108,10 @@ class _Engine:
         outputs: list[list[int]] = [[] for _ in prompts]
         first = last = None
         at_first = steps = 0
+        cpu_first = cpu_last = 0.0
         while engine.has_unfinished_requests():
             finished_step = engine.step()
-            now = time.perf_counter()
+            now, cpu_now = time.perf_counter(), time.process_time()
             for output in finished_step:
                 tokens = output.outputs[0].token_ids
                 if not tokens:
@@ -118,15 +119,16 @@ class _Engine:
                 mine = outputs[index[output.request_id]]
                 steps += bool(mine)  # a request's first tokens come from its prefill, not from a decode step
                 mine.extend(tokens)
-                last = now
+                last, cpu_last = now, cpu_now
             if first is None and last is not None:
-                first, at_first = last, sum(map(len, outputs))
+                first, cpu_first, at_first = last, cpu_last, sum(map(len, outputs))
         seconds = last - first if first is not None and last is not None else 0.0
         return Block(
             outputs=outputs,
             texts=[tokenizer.decode(tokens) for tokens in outputs],
             first_s=(first - sent) if first is not None else 0.0,
             seconds=seconds,
+            cpu_seconds=cpu_last - cpu_first,
             timed_tokens=sum(map(len, outputs)) - at_first,
             decoded=sum(len(tokens) - 1 for tokens in outputs if tokens),
             steps=steps,

@@ -131,7 +131,7 @@ def _bars(console: Any, title: str, compared: Sequence[arms.Arm], total: int) ->
     from rich import progress as rich_progress
 
     columns = (
-        rich_progress.TextColumn("{task.description:<34}"),
+        rich_progress.TextColumn("{task.description:<24}"),
         rich_progress.BarColumn(30),
         rich_progress.MofNCompleteColumn(),
         rich_progress.TextColumn("{task.fields[state]:<9}"),
@@ -199,12 +199,13 @@ def _of_task(blocks: Sequence[arms.Block], prompts: Sequence[dict[str, str]], ta
 
 
 def _table(document: dict[str, Any]) -> Any:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="Decoding, batch 1")
+    table = Table(title="Decoding, batch 1", box=box.SIMPLE_HEAD)  # fits 80 columns
     table.add_column("arm", no_wrap=True)
     for title in ("tokens/s", "speed-up", "MAT", "drafts/step", "identical"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for arm in document["arms"]:
         if arm["failure"]:
             continue
