@@ -138,6 +138,17 @@ def _bars(console: Any, title: str, compared: Sequence[arms.Arm], total: int) ->
         rich_progress.TimeElapsedColumn(),
     )
     console.print(f"Measuring: {title}", markup=False)
+    if not console.is_terminal:
+        # Bars would show nothing until they end: a line per change of state instead.
+        states: dict[str, str] = {}
+
+        def say(name: str, state: str, done: int) -> None:
+            if states.get(name) != state:
+                states[name] = state
+                console.print(f"  {name}: {state}", markup=False)
+
+        yield say
+        return
     with rich_progress.Progress(*columns, console=console) as bars:
         tasks = {arm.name: bars.add_task(arm.title, total=total, state="waiting") for arm in compared}
 
