@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -54,8 +53,6 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console(highlight=False)
-    # What the plugin logs in this process is meant for servers.
-    logging.getLogger("vllm").setLevel(logging.ERROR)
     directory = args.model or _default_model()
     if not model.is_exported(directory):
         with console.status("Exporting the embedded model (about 20 s)"):
