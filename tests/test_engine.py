@@ -1,0 +1,185 @@
+"""The real engine with the real model in float32: same tokens as without speculation, in every odd situation."""
+
+from __future__ import annotations
+
+import pytest
+from engines import MODEL, RETRIEVAL, encode, engine, greedy, lifecycle_of, metric, runner_of
+from prompts import chat_prompts
+
+pytestmark = pytest.mark.engine
+
+#: Prompts and tokens of `make test`; the whole of it (96 prompts x 96 tokens) is marked slow.
+COUNT, LENGTH = 24, 48
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    from transformers import AutoTokenizer
+
+    class Holder:
+        def get_tokenizer(self):
+            return AutoTokenizer.from_pretrained(MODEL)
+
+    return encode(Holder(), chat_prompts(96))
+
+
+@pytest.fixture(scope="module")
+def baseline(prompts):
+    """Outputs without speculation: of the first COUNT prompts, and of one long one."""
+    with engine(MODEL) as llm:
+        out = greedy(llm, prompts[:COUNT], LENGTH, 8)
+        long = greedy(llm, [long_prompt(prompts)], 60, 1)[0]
+    return {"outputs": out, "long": long}
+
+
+def long_prompt(prompts):
+    """Prompts joined to 900 tokens: many prefill chunks, and near a max_model_len of 960."""
+    tokens = [t for p in prompts for t in p["prompt_token_ids"]]
+    return {"prompt_token_ids": tokens[:900]}
+
+
+@pytest.fixture(scope="module")
+def retrieval(baseline):
+    """The engine most tests share. vLLM keeps one set of metrics per process, the newest engine's: tests that read
+    this one's come before those that start another."""
+    with engine(MODEL, RETRIEVAL, additional_config={"specplug": {"retrieval": {"min_prob": 0.05}}}) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("concurrency", [8, 1])
+def test_greedy_output_is_identical(retrieval, prompts, baseline, concurrency):
+    before = lifecycle_of(retrieval).counters.accepted
+    count = COUNT if concurrency > 1 else 6
+    assert greedy(retrieval, prompts[:count], LENGTH, concurrency) == baseline["outputs"][:count]
+    assert lifecycle_of(retrieval).counters.accepted > before + 20  # drafts really were verified and kept
+
+
+def test_counters_agree_with_vllms_own(retrieval, prompts):
+    greedy(retrieval, prompts[:2], 16, 8)
+    counters = lifecycle_of(retrieval).counters
+    assert counters.errors == 0
+    assert counters.resynchronised == 0
+    assert counters.verified == metric(retrieval, "vllm:spec_decode_num_draft_tokens")
+    # vLLM cuts the tokens of a step that hits a stop or the length limit before it counts; the runner does not.
+    assert 0 <= counters.accepted - metric(retrieval, "vllm:spec_decode_num_accepted_tokens") <= counters.requests * 8
+    assert 0 < counters.accepted < counters.verified <= counters.drafted
+
+
+def test_prefix_cache_hits_do_not_change_drafting(retrieval, prompts, baseline):
+    """The same prompts again: their KV comes from the cache, and their outputs from the store of earlier outputs."""
+    counters = lifecycle_of(retrieval).counters
+    again = [long_prompt(prompts), *prompts[:4]]  # only whole blocks, of 128 tokens here, are cached
+    first = greedy(retrieval, again, LENGTH, 8)
+    before_steps, before = counters.steps, metric(retrieval, "vllm:prefix_cache_hits")
+    assert greedy(retrieval, again, LENGTH, 8) == first
+    assert first == [baseline["long"][:LENGTH], *baseline["outputs"][:4]]
+    assert metric(retrieval, "vllm:prefix_cache_hits") > before
+    # Every output was seen before, so it is drafted in long runs: well under one step per token.
+    assert counters.steps - before_steps < LENGTH / 2
+
+
+def test_state_is_freed_when_requests_end_or_are_aborted(retrieval, prompts):
+    from vllm import SamplingParams
+
+    llm_engine = retrieval.llm_engine
+    ids = [str(9000 + i) for i in range(4)]
+    for request_id, prompt in zip(ids, prompts, strict=False):
+        params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+        llm_engine.add_request(request_id, prompt, params)
+    for _ in range(6):
+        llm_engine.step()
+    assert lifecycle_of(retrieval).live >= 4
+    llm_engine.abort_request(ids)
+    greedy(retrieval, prompts[:1], 4, 1)  # the next steps report the ended ones to the worker
+    live = set(lifecycle_of(retrieval)._slots.of)
+    assert live <= set(runner_of(retrieval).requests)
+    assert not any(i.startswith("900") for i in live)
+    proposer_live = lifecycle_of(retrieval).proposer.stats()["live_requests"]
+    assert proposer_live == len(live)
+
+
+def test_samples_and_sampling_parameters_run_side_by_side(retrieval, prompts):
+    """n > 1, seeds, penalties, logprobs and greedy in one batch: a seeded request repeats itself exactly."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(temperature=0.8, top_p=0.9, seed=1, n=2, max_tokens=24),
+        SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=24),
+        SamplingParams(temperature=0.0, logprobs=3, max_tokens=24),
+        SamplingParams(temperature=0.7, top_k=20, presence_penalty=0.5, frequency_penalty=0.5, seed=2, max_tokens=24),
+        SamplingParams(temperature=0.0, bad_words=[" the"], max_tokens=24),
+    ]
+    outputs = retrieval.generate(prompts[:5], params, use_tqdm=False)
+    assert [len(o.outputs) for o in outputs] == [2, 1, 1, 1, 1]
+    for token, table in zip(outputs[2].outputs[0].token_ids, outputs[2].outputs[0].logprobs, strict=True):
+        assert table[token].logprob == max(entry.logprob for entry in table.values())
+    assert " the" not in outputs[4].outputs[0].text
+    assert lifecycle_of(retrieval).counters.errors == 0
+
+
+def test_penalties_and_bad_words_equal_no_speculation(retrieval, prompts):
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(temperature=0.0, repetition_penalty=1.2, max_tokens=32),
+        SamplingParams(temperature=0.0, presence_penalty=0.8, frequency_penalty=0.4, max_tokens=32),
+        SamplingParams(temperature=0.0, bad_words=[" a", " of"], max_tokens=32),
+        SamplingParams(temperature=0.0, min_tokens=32, max_tokens=32),
+    ]
+    before = lifecycle_of(retrieval).counters.verified
+    got = [list(o.outputs[0].token_ids) for o in retrieval.generate(prompts[:4], params, use_tqdm=False)]
+    assert lifecycle_of(retrieval).counters.verified > before
+    with engine(MODEL) as llm:
+        want = [list(o.outputs[0].token_ids) for o in llm.generate(prompts[:4], params, use_tqdm=False)]
+    assert got == want
+
+
+def test_tight_engine(prompts, baseline):
+    """Few KV blocks (preemption), prefill in chunks of at most 64 tokens, and a prompt that ends at max_model_len."""
+    blocks = 5  # of 128 tokens each on this backend
+    with engine(
+        MODEL, RETRIEVAL, max_num_batched_tokens=64, max_num_seqs=4, num_gpu_blocks_override=blocks, max_model_len=512
+    ) as llm:
+        long = [p for p in prompts if len(p["prompt_token_ids"]) > 40][:8]
+        index = [prompts.index(p) for p in long if prompts.index(p) < COUNT]
+        got = greedy(llm, [prompts[i] for i in index], LENGTH, 8)
+        assert got == [baseline["outputs"][i] for i in index]
+        greedy(llm, long[:4], 200, 8)
+        assert metric(llm, "vllm:num_preemptions") > 0
+        counters = lifecycle_of(llm).counters
+        assert (counters.errors, counters.requests_without_drafts) == (0, 0)
+        assert counters.accepted > 0
+
+
+def test_end_of_the_context(prompts, baseline):
+    """The longest request nears max_model_len while others go on: nobody gets dummy drafts, nobody overruns."""
+    with engine(MODEL, RETRIEVAL, max_model_len=960) as llm:
+        together = [long_prompt(prompts), *prompts[:3]]
+        got = greedy(llm, together, 60, 8)
+        assert got[0] == baseline["long"]
+        assert [g[:LENGTH] for g in got[1:]] == baseline["outputs"][:3]
+        counters = lifecycle_of(llm).counters
+        assert counters.verified <= counters.drafted  # vLLM's own dummy drafts would count as verified only
+        assert counters.errors == 0
+
+
+def test_switched_off_it_drafts_nothing(prompts, baseline):
+    with engine(MODEL, RETRIEVAL, additional_config={"specplug": {"enabled": False}}) as llm:
+        assert greedy(llm, prompts[:2], 12, 8) == [o[:12] for o in baseline["outputs"][:2]]
+        assert lifecycle_of(llm).counters.steps == 0
+        assert metric(llm, "vllm:spec_decode_num_draft_tokens") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("concurrency", [8, 1])
+def test_greedy_output_is_identical_in_full(prompts, concurrency):
+    """96 prompts of 8 kinds x 96 tokens."""
+    with engine(MODEL) as llm:
+        want = greedy(llm, prompts, 96, concurrency)
+    with engine(MODEL, RETRIEVAL) as llm:
+        got = greedy(llm, prompts, 96, concurrency)
+        counters = lifecycle_of(llm).counters
+        assert (counters.errors, counters.resynchronised) == (0, 0)
+        assert counters.accepted > 1000
+    differing = [i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b]
+    assert differing == []
