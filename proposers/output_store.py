@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from .base import Float32Array
+from .mixture import HABITS
 from .suffix_automaton import SuffixAutomaton
 
 Int32Array = npt.NDArray[np.int32]
 
 # A namespace whose share of the budget would be smaller than this finds too little to be worth it: the least
 # recently used ones go instead.
-SMALLEST_SHARE = 1 << 20
-# Tokens a fresh automaton has room for, about 80 KiB.
+SMALLEST_SHARE = 1 << 18
+# Tokens a fresh automaton has room for, about 70 KiB.
 _FIRST_TOKENS = 512
 
 
@@ -25,18 +27,20 @@ class OutputStore:
 
     Attributes:
         primary: the automaton to draft from.
+        habits: ``float32[HABITS]``, see :mod:`.mixture`.
         epoch: rises when ``primary`` is another automaton, which voids cursors into it.
     """
 
     def __init__(self) -> None:
         self.primary = SuffixAutomaton(_FIRST_TOKENS)
         self.shadow: SuffixAutomaton | None = None
+        self.habits: Float32Array = np.zeros(HABITS, np.float32)
         self.epoch = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by both automata."""
-        return self.primary.nbytes + (self.shadow.nbytes if self.shadow else 0)
+        """Bytes held."""
+        return self.primary.nbytes + self.habits.nbytes + (self.shadow.nbytes if self.shadow else 0)
 
     def shed(self) -> None:
         """Forget the older outputs; all, if there is no shadow yet."""
@@ -106,32 +110,48 @@ class OutputStores:
         """Namespaces with a store."""
         return len(self._stores)
 
-    def find(self, namespace: str) -> tuple[int, int]:
-        """(address of the automaton to draft from or 0, its epoch: equal epochs mean a cursor still holds)."""
+    def find(self, namespace: str) -> tuple[int, int, int]:
+        """Addresses of the automaton to draft from and of the habits, and an epoch: if equal, cursors still hold.
+
+        (0, 0, -1) if the namespace has no store.
+        """
         store = self._stores.get(namespace)
-        return (store.primary.address, store.epoch) if store else (0, -1)
+        return (store.primary.address, store.habits.ctypes.data, store.epoch) if store else (0, 0, -1)
+
+    def open(self, namespace: str) -> bool:
+        """Make sure the namespace has a store. True if others were dropped for it: :meth:`find` all again."""
+        if namespace in self._stores:
+            return False
+        dropped = False
+        while self._stores and len(self._stores) + 1 > self._budget // SMALLEST_SHARE:
+            lost = self._stores.pop(next(iter(self._stores)))
+            self._lost_epochs = max(self._lost_epochs, lost.epoch + 1)
+            self.evictions += 1
+            dropped = True
+        store = OutputStore()
+        # A namespace that was dropped and came back must not look unchanged.
+        store.epoch = self._lost_epochs
+        self._stores[namespace] = store
+        return self._make_way(store) != 0 or dropped
+
+    def _make_way(self, store: OutputStore) -> int:
+        """Let the largest others shed until this one can have its share; returns how many did."""
+        others = [s for s in self._stores.values() if s is not store]
+        share, shed = self._budget // len(self._stores), 0
+        while self._budget - sum(s.nbytes for s in others) < share:
+            max(others, key=lambda s: s.nbytes).shed()
+            shed += 1
+        self.evictions += shed
+        return shed
 
     def add(self, namespace: str, output: Int32Array) -> None:
-        """Insert one output, ``int32[n]``. Moves or frees automata: call :meth:`find` again for every namespace."""
-        store = self._stores.pop(namespace, None)
-        if store is None:
-            while self._stores and len(self._stores) + 1 > self._budget // SMALLEST_SHARE:
-                oldest = next(iter(self._stores))
-                self._lost_epochs = max(self._lost_epochs, self._stores.pop(oldest).epoch + 1)
-                self.evictions += 1
-            store = OutputStore()
-            # A namespace that was lost and came back must not look unchanged.
-            store.epoch = self._lost_epochs
-        self._stores[namespace] = store
-        share = self._budget // len(self._stores)
-        others = [s for s in self._stores.values() if s is not store]
-        left = self._budget - sum(s.nbytes for s in others)
-        while left < share:
-            max(others, key=lambda s: s.nbytes).shed()
-            self.evictions += 1
-            left = self._budget - sum(s.nbytes for s in others)
+        """Insert one output, ``int32[n]``. Moves or frees automata: :meth:`find` all namespaces again."""
+        self.open(namespace)
+        store = self._stores.pop(namespace)
+        self._stores[namespace] = store  # now the most recently used
+        self._make_way(store)
         epoch = store.epoch
-        store.add(output, left)
+        store.add(output, self._budget - (self.nbytes - store.nbytes))
         self.evictions += store.epoch - epoch
 
     def clear(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -11,22 +12,10 @@ import numpy.typing as npt
 from vllm_specplug.options import option
 
 from .base import DraftForest, Float32Array, Int8Array, Int32Array, Proposer, Request, StepResult
+from .memory import kernel, load
 from .mixture import HISTORY_MASK, Mixture, Scratch, learn, new_mixture, new_scratch, predict, source_of
 from .output_store import OutputStores
-from .suffix_automaton import (
-    LAST,
-    LEN,
-    TEXT,
-    SuffixAutomaton,
-    advance,
-    extend,
-    has_room,
-    kernel,
-    load,
-    record,
-    settle,
-    text_address,
-)
+from .suffix_automaton import LAST, LEN, TEXT, SuffixAutomaton, advance, extend, has_room, record, settle, text_address
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -55,7 +44,8 @@ class _Slots(NamedTuple):
     """State per slot, indexed by slot; no request: block 0."""
 
     block: Int64Array  # address of the request's automaton
-    store: Int64Array  # address of its namespace's store, 0 if there is none yet
+    store: Int64Array  # address of its namespace's automaton, 0 if there is none
+    habits: Int64Array  # address of its namespace's habits, 0 if there are none
     state: Int32Array  # cursor into the store: state and
     matched: Int32Array  # matched tokens
     history: Int32Array  # whether the best candidate was right, newest in bit 0
@@ -76,7 +66,7 @@ def _observe(
     full = 0
     for i in range(len(slots)):
         slot = slots[i]
-        block, store = per.block[slot], per.store[slot]
+        block, store, habits = per.block[slot], per.store[slot], per.habits[slot]
         state, matched = np.int64(per.state[slot]), np.int64(per.matched[slot])
         history = np.int64(per.history[slot])
         if store != 0:
@@ -91,10 +81,10 @@ def _observe(
                 last = load(block, LAST)
                 length = load(record(block, last), LEN)
                 n, k, best = predict(
-                    mix, scratch, block if context else 0, last, length, store, state, matched, history
+                    mix, scratch, habits, block if context else 0, last, length, store, state, matched, history
                 )
-                learn(mix, scratch, n, k, token)
-                hit = 1 if k > 0 and scratch.cand[best] == token else 0
+                learn(mix, scratch, habits, n, k, token)
+                hit = 1 if k > 0 and scratch.token[best] == token else 0
                 history = (history << 1 | hit) & HISTORY_MASK
             extend(block, token)
             if store != 0:
@@ -124,7 +114,7 @@ def _propose(
     size = 0
     for i in range(len(slots)):
         slot = slots[i]
-        block, store = per.block[slot], per.store[slot]
+        block, store, habits = per.block[slot], per.store[slot], per.habits[slot]
         local = load(block, LAST)
         length = load(record(block, local), LEN)
         state, matched = np.int64(per.state[slot]), np.int64(per.matched[slot])
@@ -133,13 +123,15 @@ def _propose(
             state = settle(store, state, matched)
         path = 1.0
         for depth in range(limits[i]):
-            n, k, best = predict(mix, scratch, block if context else 0, local, length, store, state, matched, history)
+            n, k, best = predict(
+                mix, scratch, habits, block if context else 0, local, length, store, state, matched, history
+            )
             if k == 0:
                 break
             path *= scratch.p[best]
             if path < min_prob:
                 break
-            token = scratch.cand[best]
+            token = scratch.token[best]
             tokens[size] = token
             parents[size] = depth - 1
             probs[size] = path
@@ -201,7 +193,7 @@ class Retrieval(Proposer):
         self._live: dict[int, _Live] = {}
         self._outputs = OutputStores(self.options.store_bytes)
         wide, narrow = np.zeros(0, np.int64), np.zeros(0, np.int32)
-        self._slots = _Slots(wide, wide, narrow, narrow, narrow)
+        self._slots = _Slots(wide, wide, wide, narrow, narrow, narrow)
         self._epochs = wide
 
     def _reserve(self, slot: int) -> None:
@@ -235,29 +227,31 @@ class Retrieval(Proposer):
         self._live[slot] = _Live(automaton, len(prompt) - request.num_output, request.namespace)
         self._slots.block[slot] = automaton.address
         self._slots.history[slot] = 0
-        self._enter_store(slot, request.namespace)
+        self._epochs[slot] = -2  # no cursor yet
+        moved = self.options.store and self._outputs.open(request.namespace)
+        self._find_stores(list(self._live) if moved else [slot])
 
-    def _enter_store(self, slot: int, namespace: str) -> None:
-        address, epoch = self._outputs.find(namespace) if self.options.store else (0, -1)
-        self._slots.store[slot], self._epochs[slot] = address, epoch
-        _rewalk(address, self._slots, slot)
+    def _find_stores(self, slots: Iterable[int]) -> None:
+        """Look up where the stores of these requests are now; cursors that are void start anew."""
+        for slot in slots:
+            address, habits, epoch = self._outputs.find(self._live[slot].namespace)
+            self._slots.store[slot], self._slots.habits[slot] = address, habits
+            if epoch != self._epochs[slot]:
+                self._epochs[slot] = epoch
+                _rewalk(address, self._slots, slot)
 
     def remove_request(self, slot: int) -> None:
         """Free a request's memory at once and store its output. Raises ``ValueError`` for an unknown slot."""
         if slot not in self._live:
             raise ValueError(f"slot {slot} has no request")
         live = self._live.pop(slot)
-        self._slots.block[slot] = self._slots.store[slot] = 0
+        for field in (self._slots.block, self._slots.store, self._slots.habits):
+            field[slot] = 0
         output = live.automaton.text[live.first_output :]
         if not self.options.store or not len(output):
             return
         self._outputs.add(live.namespace, output)
-        for other, request in self._live.items():
-            address, epoch = self._outputs.find(request.namespace)
-            if epoch == self._epochs[other]:
-                self._slots.store[other] = address
-            else:
-                self._enter_store(other, request.namespace)
+        self._find_stores(self._live)
 
     def observe(self, step: StepResult) -> None:
         """Learn from the emitted tokens. Raises ``ValueError`` for an unknown slot or inconsistent arrays."""

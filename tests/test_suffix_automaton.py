@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from vllm_specplug.proposers import suffix_automaton as sa
 from vllm_specplug.proposers.suffix_automaton import SuffixAutomaton
 

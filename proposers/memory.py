@@ -1,0 +1,71 @@
+"""Compiled access to memory by address.
+
+A batch of requests is a batch of separately allocated blocks. Numba has no array of arrays that is cheap to pass, so
+compiled code gets an int64 array of block addresses and reads words from them. There are no bounds checks: whoever
+calls with an address from outside validates first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+Kernel = Callable[..., Any]
+
+
+def kernel(function: Kernel) -> Kernel:
+    """Compile without the GIL, cached on disk where some folder can be written (it need not be in a container)."""
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+    except RuntimeError:
+        return njit(nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+
+
+def _pointer(builder: Any, kind: Any, address: Any, index: Any) -> Any:
+    return builder.gep(builder.inttoptr(address, kind.as_pointer()), [index])
+
+
+@intrinsic
+def load(typingctx: Any, address: Any, index: Any) -> Any:
+    """The int32 at ``address + 4 * index``, widened to int64 so that sums and products of it cannot overflow."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.sext(builder.load(_pointer(builder, ir.IntType(32), *args)), ir.IntType(64))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def store(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
+    """Write ``value`` as int32 to ``address + 4 * index``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(builder.trunc(args[2], ir.IntType(32)), _pointer(builder, ir.IntType(32), args[0], args[1]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_float(typingctx: Any, address: Any, index: Any) -> Any:
+    """The float32 at ``address + 4 * index``, as float64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.load(_pointer(builder, ir.FloatType(), *args)), ir.DoubleType())
+
+    return types.float64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def store_float(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
+    """Write ``value`` as float32 to ``address + 4 * index``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(builder.fptrunc(args[2], ir.FloatType()), _pointer(builder, ir.FloatType(), args[0], args[1]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float64), codegen
