@@ -60,9 +60,11 @@ def run(args: argparse.Namespace) -> int:
 
     prompts = load_workload(args.quick)
     log_dir = Path(tempfile.mkdtemp(prefix="specplug-demo-"))
-    runs = {}
-    for dtype in (SPEED, EQUALITY):
-        runs[dtype] = _measure(args, str(directory), dtype, prompts, log_dir, console)
+    try:
+        runs = {dtype: _measure(args, str(directory), dtype, prompts, log_dir, console) for dtype in (SPEED, EQUALITY)}
+    except KeyboardInterrupt:
+        shutil.rmtree(log_dir, ignore_errors=True)
+        raise
     document = _document(args, prompts, runs)
     console.print(_table(document))
     for line in _notes(document):
