@@ -253,16 +253,14 @@ def main() -> int:
     trace = read_trace(args.trace, proposer.wants_topk)[: args.first]
     tallies = replay(proposer, trace, args.limit)
     print(f"{args.proposer} {section}, limit {args.limit}, {len(trace)} requests; {proposer.stats()}")
-    print(
-        f"{'task':<16}{'MAT':>7}{'MAT all':>9}{'drafts':>8}{'accepted':>10}{'propose us':>12}{'observe us':>12}{'ECE':>7}"
-    )
+    print(f"{'task':<16}{'MAT':>7}{'MAT all':>9}{'drafts':>8}{'accepted':>10}{'propose':>10}{'observe':>10}{'ECE':>7}")
     rows = []
     config = json.dumps({"limit": args.limit, "trace": args.trace.name, "first": args.first, "options": args.option})
     for task, tally in tallies.items():
         m = {name: value for name, (value, _) in tally.metrics().items()}
         print(
             f"{task:<16}{m['mat']:>7.3f}{m['mat_all']:>9.3f}{m['drafts']:>8.2f}{m['accepted']:>10.3f}"
-            f"{m['propose']:>12.1f}{m['observe']:>12.1f}{m['ece']:>7.3f}"
+            f"{m['propose']:>10.1f}{m['observe']:>10.1f}{m['ece']:>7.3f}"
         )
         rows += [
             {

@@ -62,6 +62,8 @@ SEVENTHS = 7
 CLASSES = SHARES + 2 * (SEVENTHS + 1)
 
 MAX_CANDIDATES = 6
+# Drafting needs only the best one, which is among the first.
+DRAFT_CANDIDATES = 4
 # Chains of links are 4 to 8 long in natural text; repetitive text has long ones, all in the longest bucket.
 MAX_LINKS = 16
 
@@ -88,6 +90,11 @@ CELL_PRIOR = 4.0
 FIRST_WEIGHT = 0.3
 
 
+# Log-odds of probabilities 0 to 1 in equal steps: looked up, for the logarithm was a sixth of the time of a step.
+_STRETCH_STEPS = 4095
+_STRETCH = np.log((np.linspace(0, 1, _STRETCH_STEPS + 1) + 1e-4) / (1.0001 - np.linspace(0, 1, _STRETCH_STEPS + 1)))
+
+
 class Mixture(NamedTuple):
     """Learned state of all namespaces."""
 
@@ -104,8 +111,10 @@ class Scratch(NamedTuple):
     rec: Int64Array  # [levels] address of the context's state
     slot: Int64Array  # [levels]
     total: Int64Array  # [levels]
+    first: Int64Array  # [levels] the context's cell of class 0
+    sevenths: Float64Array  # [levels] SEVENTHS / total
     token: Int64Array  # [candidates]
-    p: Float64Array  # [candidates]
+    odds: Float64Array  # [candidates] log-odds
     group: Int64Array  # [candidates] row of weights
     cell: Int64Array  # [candidates, levels]
     rows: Int64Array  # [2] rows of weights shared by the candidates
@@ -119,8 +128,10 @@ def new_scratch() -> Scratch:
         rec=np.zeros(SLOTS, ints),
         slot=np.zeros(SLOTS, ints),
         total=np.zeros(SLOTS, ints),
+        first=np.zeros(SLOTS, ints),
+        sevenths=np.zeros(SLOTS, floats),
         token=np.zeros(MAX_CANDIDATES, ints),
-        p=np.zeros(MAX_CANDIDATES, floats),
+        odds=np.zeros(MAX_CANDIDATES, floats),
         group=np.zeros(MAX_CANDIDATES, ints),
         cell=np.zeros((MAX_CANDIDATES, SLOTS), ints),
         rows=np.zeros(2, ints),
@@ -204,6 +215,8 @@ def _levels(scratch: Scratch, n: int, block: int, state: int, length: int, first
                 scratch.rec[n] = rec
                 scratch.slot[n] = first_slot + bucket
                 scratch.total[n] = total
+                scratch.first[n] = ((first_slot + bucket) * TOTALS + _total_bucket(total)) * CLASSES
+                scratch.sevenths[n] = SEVENTHS / total
                 n += 1
         state = load(rec, LINK)
         length = load(record(block, max(state, 0)), LEN)
@@ -211,7 +224,7 @@ def _levels(scratch: Scratch, n: int, block: int, state: int, length: int, first
 
 
 @kernel
-def _candidates(scratch: Scratch, n: int) -> int:
+def _candidates(scratch: Scratch, n: int, most: int) -> int:
     """Every context's best continuation, then the second ones, then the third; returns their number."""
     k = 0
     for rank in range(INLINE):
@@ -227,19 +240,20 @@ def _candidates(scratch: Scratch, n: int) -> int:
                 if new:
                     scratch.token[k] = token
                     k += 1
-                    if k == MAX_CANDIDATES:
+                    if k == most:
                         return k
     return k
 
 
 @kernel
-def _class(rec: int, total: int, token: int) -> int:
+def _class(rec: int, total: int, sevenths: float, token: int) -> int:
     degree = load(rec, DEGREE)
     edge = rec + EDGE * 4
     for _ in range(min(degree, INLINE)):
         if load(edge, TOKEN) == token:
             count = load(edge, COUNT)
-            share = SEVENTHS if count == total else SEVENTHS * count // total
+            # Not an integer division, which is slow; the summand keeps whole sevenths whole.
+            share = SEVENTHS if count == total else int(count * sevenths + 1e-6)
             return SHARES + share + (SEVENTHS + 1 if load(rec, RECENT) == token else 0)
         edge += EDGE_BYTES
     return ABSENT if degree <= INLINE else MINOR
@@ -262,15 +276,16 @@ def predict(
     store_state: int,
     store_length: int,
     history: int,
+    most: int,
 ) -> tuple[int, int, int]:
     """Fill ``scratch`` with candidates for the next token; returns (levels, candidates, best candidate).
 
     ``local`` and ``store`` are automata (0: none) with the cursor (state, length) of the text's end in each; ``habits``
-    the address of the namespace's ``float32[HABITS]`` (0: none).
+    the address of the namespace's ``float32[HABITS]`` (0: none). At most ``most`` candidates.
     """
     m = _levels(scratch, 0, local, local_state, local_length, 0) if local != 0 else 0
     n = _levels(scratch, m, store, store_state, store_length, BUCKETS) if store != 0 else m
-    k = _candidates(scratch, n)
+    k = _candidates(scratch, n, most)
     row = 0
     if m > 0:
         row = int(scratch.slot[0] + 1) * (BUCKETS + 1)
@@ -287,12 +302,12 @@ def predict(
         in_local, in_store = 0, 0
         dot = np.float64(by_match[SLOTS] + by_history[SLOTS])
         for i in range(n):
-            cls = _class(scratch.rec[i], scratch.total[i], token)
+            cls = _class(scratch.rec[i], scratch.total[i], scratch.sevenths[i], token)
             if i == 0 and m > 0:
                 in_local = _group(cls)
             if i == m:
                 in_store = _group(cls)
-            cell = (scratch.slot[i] * TOTALS + _total_bucket(scratch.total[i])) * CLASSES + cls
+            cell = scratch.first[i] + cls
             scratch.cell[j, i] = cell
             dot += scratch.weight[i] * mix.stretch[cell]
         scratch.group[j] = _FIRST_GROUP + in_local * _GROUPS + in_store
@@ -302,10 +317,16 @@ def predict(
             dot += by_group[scratch.slot[i]] * mix.stretch[scratch.cell[j, i]]
         if habits != 0:
             dot += load_float(habits, _habit(token))
-        scratch.p[j] = 1.0 / (1.0 + np.exp(-min(max(dot, -12.0), 12.0)))
-        if scratch.p[j] > scratch.p[best]:
+        scratch.odds[j] = dot
+        if dot > scratch.odds[best]:
             best = j
     return n, k, best
+
+
+@kernel
+def probability(scratch: Scratch, candidate: int) -> float:
+    """Probability that a candidate of the prediction in ``scratch`` is the next token."""
+    return 1.0 / (1.0 + np.exp(-min(max(scratch.odds[candidate], -12.0), 12.0)))
 
 
 @kernel
@@ -316,7 +337,7 @@ def learn(mix: Mixture, scratch: Scratch, habits: int, n: int, k: int, token: in
     mix.learned[0] += k
     for j in range(k):
         hit = 1.0 if scratch.token[j] == token else 0.0
-        error = hit - scratch.p[j]
+        error = hit - probability(scratch, j)
         by_group = mix.weights[scratch.group[j]]
         step = error * rate
         by_match[SLOTS] += step
@@ -334,8 +355,7 @@ def learn(mix: Mixture, scratch: Scratch, habits: int, n: int, k: int, token: in
             seen = mix.seen[cell]
             p = mix.prob[cell] + (hit - mix.prob[cell]) / (seen + 1.5)
             mix.prob[cell] = p
-            # The offset bounds the log-odds at 9.2.
-            mix.stretch[cell] = np.log((p + 1e-4) / (1.0001 - p))
+            mix.stretch[cell] = _STRETCH[int(p * _STRETCH_STEPS)]
             if seen < CELL_LIMIT:
                 mix.seen[cell] = seen + 1.0
 

@@ -13,7 +13,19 @@ from vllm_specplug.options import option
 
 from .base import DraftForest, Float32Array, Int8Array, Int32Array, Proposer, Request, StepResult
 from .memory import kernel, load
-from .mixture import HISTORY_MASK, Mixture, Scratch, learn, new_mixture, new_scratch, predict, source_of
+from .mixture import (
+    DRAFT_CANDIDATES,
+    HISTORY_MASK,
+    MAX_CANDIDATES,
+    Mixture,
+    Scratch,
+    learn,
+    new_mixture,
+    new_scratch,
+    predict,
+    probability,
+    source_of,
+)
 from .output_store import OutputStores
 from .suffix_automaton import LAST, LEN, TEXT, SuffixAutomaton, advance, extend, has_room, record, settle, text_address
 
@@ -30,7 +42,7 @@ class RetrievalOptions:
     """Options of the retrieval proposer."""
 
     min_prob: float = option(
-        0.2,
+        0.15,
         "stop drafting when the probability that the draft is accepted up to there falls below this",
         low=0.0,
         high=1.0,
@@ -71,6 +83,7 @@ def _observe(
         history = np.int64(per.history[slot])
         if store != 0:
             state = settle(store, state, matched)
+        local = block if context else 0
         for at in range(offsets[i] + done[i], offsets[i + 1]):
             token = np.int64(tokens[at])
             if not has_room(block, token):
@@ -81,7 +94,7 @@ def _observe(
                 last = load(block, LAST)
                 length = load(record(block, last), LEN)
                 n, k, best = predict(
-                    mix, scratch, habits, block if context else 0, last, length, store, state, matched, history
+                    mix, scratch, habits, local, last, length, store, state, matched, history, MAX_CANDIDATES
                 )
                 learn(mix, scratch, habits, n, k, token)
                 hit = 1 if k > 0 and scratch.token[best] == token else 0
@@ -115,8 +128,9 @@ def _propose(
     for i in range(len(slots)):
         slot = slots[i]
         block, store, habits = per.block[slot], per.store[slot], per.habits[slot]
-        local = load(block, LAST)
-        length = load(record(block, local), LEN)
+        local = block if context else 0
+        end = load(block, LAST)
+        length = load(record(block, end), LEN)
         state, matched = np.int64(per.state[slot]), np.int64(per.matched[slot])
         history = np.int64(per.history[slot])
         if store != 0:
@@ -124,11 +138,11 @@ def _propose(
         path = 1.0
         for depth in range(limits[i]):
             n, k, best = predict(
-                mix, scratch, habits, block if context else 0, local, length, store, state, matched, history
+                mix, scratch, habits, local, end, length, store, state, matched, history, DRAFT_CANDIDATES
             )
             if k == 0:
                 break
-            path *= scratch.p[best]
+            path *= probability(scratch, best)
             if path < min_prob:
                 break
             token = scratch.token[best]
@@ -137,7 +151,7 @@ def _propose(
             probs[size] = path
             sources[size] = source_of(scratch, n, best)
             size += 1
-            local, length = advance(block, local, length, token)
+            end, length = advance(block, end, length, token)
             if store != 0:
                 state, matched = advance(store, state, matched, token)
             history = (history << 1 | 1) & HISTORY_MASK
