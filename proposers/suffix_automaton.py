@@ -35,7 +35,7 @@ STATES, STATE_CAP, LAST, TEXT, TEXT_CAP, ENTRIES, TABLE_CAP, TOKENS = range(8)
 HEADER_BYTES = 64
 
 # State, int32 fields. Edges are (token, destination, count) triples.
-LEN, LINK, TOTAL, RECENT, RUN, HEAD, DEGREE, EDGE = range(8)
+LEN, LINK, TOTAL, RECENT, HEAD, DEGREE, _SPARE, EDGE = range(8)
 STATE_BYTES = 64
 EDGE_BYTES = 12
 INLINE = 3
@@ -142,11 +142,7 @@ def _bump(block: int, state: int, edge: int) -> None:
         edge -= EDGE_BYTES
     _put(edge, token, dst, count)
     store(rec, TOTAL, load(rec, TOTAL) + 1)
-    if load(rec, RECENT) == token:
-        store(rec, RUN, load(rec, RUN) + 1)
-    else:
-        store(rec, RECENT, token)
-        store(rec, RUN, 1)
+    store(rec, RECENT, token)
 
 
 @kernel
@@ -174,13 +170,8 @@ def _new_state(block: int, length: int, link: int) -> int:
     state = load(block, STATES)
     store(block, STATES, state + 1)
     rec = record(block, state)
-    store(rec, LEN, length)
-    store(rec, LINK, link)
-    store(rec, TOTAL, 0)
-    store(rec, RECENT, -1)
-    store(rec, RUN, 0)
-    store(rec, HEAD, -1)
-    store(rec, DEGREE, 0)
+    for field, value in ((LEN, length), (LINK, link), (TOTAL, 0), (RECENT, -1), (HEAD, -1), (DEGREE, 0)):
+        store(rec, field, value)
     return state
 
 
@@ -218,9 +209,8 @@ def _split(block: int, state: int, token: int, below: int) -> int:
 @kernel
 def has_room(block: int, token: int) -> bool:
     """Whether :func:`extend` by ``token`` fits. Exact for the table, so that no text can overflow it."""
-    if load(block, STATES) + 2 > load(block, STATE_CAP):
-        return False
-    if load(block, TEXT_CAP) > 0 and load(block, TEXT) >= load(block, TEXT_CAP):
+    text_full = 0 < load(block, TEXT_CAP) <= load(block, TEXT)
+    if text_full or load(block, STATES) + 2 > load(block, STATE_CAP):
         return False
     if token < 0:
         return True
@@ -323,10 +313,8 @@ def _prepare(block: int, state_cap: int, text_cap: int, table_cap: int) -> None:
 def _copy(old: int, new: int) -> None:
     """Fill a prepared larger block from ``old``."""
     states = load(old, STATES)
-    store(new, STATES, states)
-    store(new, LAST, load(old, LAST))
-    store(new, TEXT, load(old, TEXT))
-    store(new, TOKENS, load(old, TOKENS))
+    for field in (STATES, LAST, TEXT, TOKENS):
+        store(new, field, load(old, field))
     for i in range(states * (STATE_BYTES // 4)):
         store(new + HEADER_BYTES, i, load(old + HEADER_BYTES, i))
     for state in range(states):
@@ -366,8 +354,7 @@ def new_block(state_cap: int, text_cap: int, table_cap: int) -> tuple[Int32Array
 
 # Sizes of a fresh block for a text of n tokens. English, code and dialogue in a 49k vocabulary need 1.3 to 1.5 states
 # per token and 0.4 to 0.7 table entries per token (the root's edges, and common words); what does not fit grows.
-_STATES_PER_TOKEN = 1.5
-_ENTRIES_PER_TOKEN = 0.75
+_STATES_PER_TOKEN, _ENTRIES_PER_TOKEN = 1.5, 0.75
 
 
 def capacities(tokens: int, keep_text: bool) -> tuple[int, int, int]:
@@ -455,7 +442,7 @@ class SuffixAutomaton:
     def edges(self, state: int) -> dict[int, tuple[int, int]]:
         """``{token: (destination, count)}`` of a state; slow, for tests and inspection."""
         words = self._words()
-        rec = words[(HEADER_BYTES + state * STATE_BYTES) // 4 :][: STATE_BYTES // 4]
+        rec = self.state(state)
         found: dict[int, tuple[int, int]] = {}
         if rec[DEGREE] > INLINE:
             caps = HEADER_BYTES + self._header(STATE_CAP) * STATE_BYTES + self._header(TEXT_CAP) * 4
