@@ -64,7 +64,7 @@ class StepResult:
             in order, then the target's own next token.
         offsets: ``int32[n + 1]``; request ``i`` emitted ``tokens[offsets[i]:offsets[i + 1]]``, at least one.
         num_drafted: ``int32[n]`` draft tokens of this proposer that the target verified.
-        num_accepted: ``int32[n]`` of them accepted, ``<= offsets[i + 1] - offsets[i] - 1`` unless a stop cut the output.
+        num_accepted: ``int32[n]`` of them accepted, ``<= offsets[i + 1] - offsets[i] - 1``.
         row_tokens: ``int32[R]`` input token of each verified row, rejected rows included; None unless the
             proposer sets ``wants_topk``.
         row_offsets: ``int32[n + 1]`` rows of request ``i``; None like ``row_tokens``.

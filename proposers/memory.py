@@ -8,6 +8,7 @@ calls with an address from outside validates first.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
@@ -15,6 +16,27 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 Kernel = Callable[..., Any]
+
+
+def _folder_stamp() -> tuple[tuple[str, int, int], ...]:
+    """Name, modification time (ns) and size of every module beside this one."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)
+
+
+_STAMP = _folder_stamp()
+
+
+def _compile(function: Kernel, options: dict[str, Any]) -> Kernel:
+    compiled = njit(**options)(function)
+    if options.get("cache"):
+        # Numba's disk cache notices a change of a function's own file, not of the files of the kernels it calls: after
+        # an upgrade that changed only some modules, old and new code would share one memory layout.
+        index = compiled._cache._cache_file
+        if not hasattr(index, "_source_stamp"):
+            raise TypeError("this Numba keeps the stamp of its cache elsewhere")
+        index._source_stamp = _STAMP
+    return compiled  # type: ignore[no-any-return]
 
 
 def kernel(function: Kernel) -> Kernel:
@@ -26,10 +48,10 @@ def kernel(function: Kernel) -> Kernel:
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     for extra in ({"cache": True, "_nrt": False}, {"_nrt": False}, {"cache": True}):
         try:
-            return njit(**options, **extra)(function)  # type: ignore[no-any-return]
-        except (RuntimeError, KeyError, TypeError):  # no cache folder; no such option
+            return _compile(function, options | extra)
+        except (RuntimeError, KeyError, TypeError, AttributeError):  # no cache folder; no such option
             continue
-    return njit(**options)(function)  # type: ignore[no-any-return]
+    return _compile(function, options)
 
 
 def _pointer(builder: Any, kind: Any, address: Any, index: Any) -> Any:

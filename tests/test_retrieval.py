@@ -306,3 +306,12 @@ def test_warm_up_and_close_leave_nothing_behind() -> None:
     assert proposer.stats()["store_bytes"] == proposer.stats()["context_bytes"] == 0
     with pytest.raises(ValueError, match="slot 0"):
         proposer.propose(ints(0), ints(1))
+
+
+def test_disk_cache_notices_changes_of_any_module_beside_it():
+    """Numba by itself would go on using code compiled against another module's old memory layout."""
+    from vllm_specplug.proposers import memory, retrieval
+
+    names = [name for name, _, _ in memory._STAMP]
+    assert {"mixture.py", "suffix_automaton.py", "retrieval.py", "memory.py"} <= set(names)
+    assert retrieval._propose._cache._cache_file._source_stamp == memory._STAMP == memory._folder_stamp()
