@@ -146,7 +146,7 @@ def outcomes():
         env=environment(),
         timeout=300,
     )
-    found = re.search(r"^RESULTS (.*)$", done.stdout, re.MULTILINE)
+    found = re.search(r"RESULTS (\[.*\])$", done.stdout, re.MULTILINE)
     assert found, f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return dict(zip([*CASES, "control"], json.loads(found[1]), strict=True))
 

@@ -212,7 +212,7 @@ def _table(document: dict[str, Any]) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(title="Decoding, batch 1", box=box.SIMPLE_HEAD)  # fits 80 columns
+    table = Table(title="Decoding, batch 1", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))  # fits 80 columns
     table.add_column("arm", no_wrap=True)
     for title in ("tokens/s", "speed-up", "MAT", "drafts/step", "identical"):
         table.add_column(title, justify="right", no_wrap=True)
