@@ -178,7 +178,8 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--model", default=str(ROOT / ".models" / "smollm2-135m"))
     parser.add_argument("--kv-gib", type=int, default=1, help="KV cache of each engine (default: %(default)s)")
-    parser.add_argument("--threads-bind", metavar="CPUS", help="vLLM's VLLM_CPU_OMP_THREADS_BIND, for all arms alike")
+    parser.add_argument("--threads", type=int, metavar="N", help="of each engine (default: processors but one)")
+    parser.add_argument("--cpus", type=int, nargs="+", default=[], metavar="CPU", help="processors to stay on")
     parser.add_argument("--one-by-one", action="store_true", help="one engine after another: less memory, no pairing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -192,7 +193,8 @@ def main() -> int:
         eager=args.mode == "eager",
         kv_gib=args.kv_gib,
         seed=args.seed,
-        threads_bind=args.threads_bind,
+        threads=args.threads,
+        cpus=tuple(args.cpus),
     )
     started = time.monotonic()
 

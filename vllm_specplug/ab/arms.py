@@ -8,11 +8,14 @@ all arms alike.
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from vllm_specplug.ab import environment
 
 WARM_UP_PROMPTS = (
     "Repeat this line three times: the kettle is on the hob.",
@@ -75,7 +78,14 @@ def specplug(proposer: str = "Retrieval", tokens: int = 8, options: Mapping[str,
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What all arms of a run share."""
+    """What all arms of a run share.
+
+    Attributes:
+        threads: of each engine; None: ``OMP_NUM_THREADS`` if set, else all usable processors but one, which is what
+            a vLLM server on this machine would take (it leaves one to its front end). More threads than free
+            processors wait for each other actively, and a busy machine then slows an engine many times over.
+        cpus: processors to stay on; empty: any.
+    """
 
     model: str
     dtype: str = "bfloat16"
@@ -83,21 +93,23 @@ class EngineSettings:
     eager: bool = True
     kv_gib: int = 1
     seed: int = 0
-    threads_bind: str | None = None
+    threads: int | None = None
+    cpus: tuple[int, ...] = ()
     start_timeout_s: float = 1200.0
     block_timeout_s: float = 1200.0
 
     def environment(self) -> dict[str, str]:
         """Environment of an arm's engine process."""
-        env = {
+        threads = self.threads or os.environ.get("OMP_NUM_THREADS") or max(1, environment.cpu_count() - 1)
+        return {
+            "OMP_NUM_THREADS": str(threads),
+            # numba shares torch's OpenMP runtime and would set it to all processors in the arms that use numba.
+            "NUMBA_NUM_THREADS": str(threads),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": str(self.kv_gib),
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        if self.threads_bind is not None:
-            env["VLLM_CPU_OMP_THREADS_BIND"] = self.threads_bind
-        return env
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,11 @@ def serve(connection: Connection, arm: Arm, settings: EngineSettings, log_path: 
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.update(settings.environment())
-    os.environ.update(arm.env)
     try:
+        if settings.cpus and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, settings.cpus)
+        os.environ.update(settings.environment())
+        os.environ.update(arm.env)
         engine = _Engine(arm, settings)
         connection.send(("ready", engine.facts()))
         while True:
