@@ -214,7 +214,7 @@ def _table(document: dict[str, Any]) -> Any:
 
     table = Table(title="Decoding, batch 1", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))  # fits 80 columns
     table.add_column("arm", no_wrap=True)
-    for title in ("tokens/s", "speed-up", "MAT", "drafts/step", "identical"):
+    for title in ("tokens/s", "speed-up", "MAT", "drafts/step", "equal"):
         table.add_column(title, justify="right", no_wrap=True)
     for arm in document["arms"]:
         if arm["failure"]:
@@ -240,7 +240,7 @@ def _notes(document: dict[str, Any]) -> list[str]:
     lines.append(
         f"{settings['prompts']} prompts, at most {settings['max_tokens']} tokens each, greedy. "
         f"Speed: {SPEED}, first to last token. MAT: tokens per target step. "
-        f"Identical: outputs equal to those without speculation, token by token, in {EQUALITY}."
+        f"Equal: outputs identical to those without speculation, token by token, in {EQUALITY}."
     )
     others = [
         f"{arm['name']} {arm['identical'][SPEED]['same']}/{arm['identical'][SPEED]['of']}"
