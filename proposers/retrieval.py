@@ -44,7 +44,7 @@ class RetrievalOptions:
     min_prob: float = option(
         # Best or within 1% of it, on recorded traces under three measured cost curves of a verify step (CPU eager,
         # CPU compiled, nearly free rows), where anything from 0.05 to 0.1 did as well.
-        0.1,
+        0.07,
         "stop drafting when the probability that the draft is accepted up to there falls below this",
         low=0.0,
         high=1.0,
