@@ -17,7 +17,7 @@ REQUESTS = 2000
 SETTLED = 200
 CONCURRENT = 16
 #: Most a server may gain from request 200 to 2,000 over what it gains with vLLM's own ngram proposer.
-#: Flat it is with neither: whatever drafts, vLLM's CPU backend gains 200 to 350 MB over these requests, ever more
+#: Flat it is with neither: whatever drafts, vLLM's CPU backend gains 200 to 400 MB over these requests, ever more
 #: slowly, as steps of new sizes come up, and which sizes come up depends on timing. (With the engine in the test's
 #: process, where the same steps come up: 323 to 497 MB in use with Retrieval, 343 to 497 MB with ngram.) So this bound
 #: is for gross leaks; the sharp test is the one without an engine.
