@@ -29,7 +29,15 @@ def baseline(prompts):
     with engine(MODEL) as llm:
         out = greedy(llm, prompts[:COUNT], LENGTH, 8)
         long = greedy(llm, [long_prompt(prompts)], 60, 1)[0]
-    return {"outputs": out, "long": long}
+        return {"outputs": out, "long": long, "top_k": top_k_samples(llm, prompts)}
+
+
+def top_k_samples(llm, prompts):
+    """Seeded samples under a top-k without a top-p."""
+    from vllm import SamplingParams
+
+    params = [SamplingParams(temperature=0.7, top_k=20, seed=i, max_tokens=16) for i in range(3)]
+    return [list(o.outputs[0].token_ids) for o in llm.generate(prompts[:3], params, use_tqdm=False)]
 
 
 def long_prompt(prompts):
@@ -164,8 +172,10 @@ def test_end_of_the_context(prompts, baseline):
 
 
 def test_switched_off_it_drafts_nothing(prompts, baseline):
+    """And steps without drafts are those of a server without the plugin: seeded samples are the same tokens."""
     with engine(MODEL, RETRIEVAL, additional_config={"specplug": {"enabled": False}}) as llm:
         assert greedy(llm, prompts[:2], 12, 8) == [o[:12] for o in baseline["outputs"][:2]]
+        assert top_k_samples(llm, prompts) == baseline["top_k"]
         assert lifecycle_of(llm).counters.steps == 0
         assert metric(llm, "vllm:spec_decode_num_draft_tokens") == 0
 

@@ -71,10 +71,17 @@ def _update_states(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-        """Show the drafter the logits before the sampler changes them in place. The one place where the runner
-        holds the logits of all verified rows of a step."""
+        """Show the drafter the logits before the sampler changes them in place, and sample a step without drafts as
+        a server without speculation does. The one place where the runner holds the logits of all verified rows.
+
+        vLLM 0.32 sends every step of a speculating server through its rejection sampler. Without drafts that only
+        costs time, and with a top-k and no top-p in the batch it ends the engine on CPUs: ``max()`` of no rows
+        (v1/sample/ops/topk_topp_sampler.py:apply_top_k_only).
+        """
         if (hooks := _hooks(self)) is not None:
             hooks.on_logits(self, logits, spec_decode_metadata)
+            if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+                spec_decode_metadata = None
         return original(self, logits, spec_decode_metadata)
 
     return _sample
