@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,6 @@ def engine(model: Path, speculative_config: dict[str, Any] | None = None, **sett
     It is neither shut down nor dropped: both destroy the process groups that every engine of this process uses.
     Its KV cache, which is most of its memory, is freed.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from vllm import LLM
 
     defaults = {
@@ -62,7 +60,10 @@ def engine(model: Path, speculative_config: dict[str, Any] | None = None, **sett
         "disable_log_stats": False,
         "seed": 0,
     }
-    llm = LLM(model=str(model), speculative_config=speculative_config, **(defaults | settings))
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    # Only while it starts: other tests start servers, which must not inherit it.
+    with unittest.mock.patch.dict(os.environ, environment):
+        llm = LLM(model=str(model), speculative_config=speculative_config, **(defaults | settings))
     _kept.append(llm)
     try:
         yield llm
