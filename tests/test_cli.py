@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def version(name):
     return _version(name)
 importlib.metadata.version = version
 """
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    """Commands run in this process here, and may set what only theirs should have (doctor: vLLM's logging level)."""
+    with unittest.mock.patch.dict(os.environ):
+        yield
 
 
 def specplug(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
