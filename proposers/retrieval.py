@@ -42,8 +42,8 @@ class RetrievalOptions:
     """Options of the retrieval proposer."""
 
     min_prob: float = option(
-        # Best or within 1% of it, on recorded traces under three measured cost curves of a verify step (CPU eager,
-        # CPU compiled, nearly free rows), where anything from 0.05 to 0.1 did as well.
+        # Best or within 2% of it, on recorded traces under cost curves of a verify step measured on CPUs (eager and
+        # compiled) and one assumed for nearly free rows; anything from 0.05 to 0.1 is within 2% too on the CPU curves.
         0.07,
         "stop drafting when the probability that the draft is accepted up to there falls below this",
         low=0.0,
