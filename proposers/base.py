@@ -19,9 +19,10 @@ Float32Array = npt.NDArray[np.float32]
 Int8Array = npt.NDArray[np.int8]
 
 #: ``DraftForest.source`` values: which source a draft token came from. New sources take the next number.
-SOURCE_NAMES = ("context", "store")
+SOURCE_NAMES = ("context", "store", "recycling")
 SOURCE_CONTEXT = 0  # this request's own prompt and output
 SOURCE_STORE = 1  # outputs of earlier requests
+SOURCE_RECYCLING = 2  # the target's own second guesses at earlier rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Request:
         temperature: sampling temperature; 0 means greedy.
         namespace: learned state may be shared only between requests of equal namespace (tenant, LoRA).
         group: requests that are samples of one prompt (``n > 1``) share it; None for a lone request.
+        branching: whether the host can verify a tree for this request; if False, only chains may be drafted for it.
         extra_args: the request's ``vllm_xargs``; read-only.
     """
 
@@ -51,6 +53,7 @@ class Request:
     temperature: float = 0.0
     namespace: str = ""
     group: str | None = None
+    branching: bool = True
     extra_args: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -67,7 +70,9 @@ class StepResult:
         num_accepted: ``int32[n]`` of them accepted, ``<= offsets[i + 1] - offsets[i] - 1``.
         row_tokens: ``int32[R]`` input token of each verified row, rejected rows included; None unless the
             proposer sets ``wants_topk``.
-        row_offsets: ``int32[n + 1]`` rows of request ``i``; None like ``row_tokens``.
+        row_offsets: ``int32[n + 1]`` rows of request ``i``: its last token (the root), then one row per draft token in
+            the order drafted; None like ``row_tokens``.
+        row_parents: ``int32[R]`` the row's parent among its request's rows, -1 for the root; None like ``row_tokens``.
         topk_ids: ``int32[R, k]`` the target's own best next tokens at each row, best first, before any
             sampling processing; None like ``row_tokens``.
         topk_logprobs: ``float32[R, k]`` their natural log-probabilities at temperature 1; None like ``row_tokens``.
@@ -80,6 +85,7 @@ class StepResult:
     num_accepted: Int32Array
     row_tokens: Int32Array | None = None
     row_offsets: Int32Array | None = None
+    row_parents: Int32Array | None = None
     topk_ids: Int32Array | None = None
     topk_logprobs: Float32Array | None = None
 

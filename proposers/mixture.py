@@ -27,9 +27,9 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from vllm_specplug.kernels.memory import kernel, load, load_float, store_float
 
 from .base import SOURCE_CONTEXT, SOURCE_STORE, Float32Array
-from .memory import kernel, load, load_float, store_float
 from .suffix_automaton import (
     COUNT,
     DEGREE,

@@ -8,11 +8,11 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from vllm_specplug.kernels.memory import kernel, load
 
 from vllm_specplug.options import option
 
 from .base import DraftForest, Float32Array, Int8Array, Int32Array, Proposer, Request, StepResult
-from .memory import kernel, load
 from .mixture import (
     DRAFT_CANDIDATES,
     HISTORY_MASK,

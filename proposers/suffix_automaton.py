@@ -25,8 +25,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-
-from .memory import kernel, load, store
+from vllm_specplug.kernels.memory import kernel, load, store
 
 Int32Array = npt.NDArray[np.int32]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -308,10 +310,14 @@ def test_warm_up_and_close_leave_nothing_behind() -> None:
         proposer.propose(ints(0), ints(1))
 
 
-def test_disk_cache_notices_changes_of_any_module_beside_it():
+def test_disk_cache_notices_changes_of_any_module_it_is_made_of():
     """Numba by itself would go on using code compiled against another module's old memory layout."""
-    from vllm_specplug.proposers import memory, retrieval
+    from vllm_specplug.kernels import memory
+    from vllm_specplug.proposers import retrieval
 
-    names = [name for name, _, _ in memory._STAMP]
+    stamp = memory._stamp(retrieval.__file__)
+    names = [name for name, _, _ in stamp]
     assert {"mixture.py", "suffix_automaton.py", "retrieval.py", "memory.py"} <= set(names)
-    assert retrieval._propose._cache._cache_file._source_stamp == memory._STAMP == memory._folder_stamp()
+    folders = [Path(m.__file__).parent for m in (memory, retrieval)]
+    assert retrieval._propose._cache._cache_file._source_stamp == stamp
+    assert set(stamp) == {entry for folder in folders for entry in memory._folder_stamp(folder)}

@@ -18,13 +18,21 @@ from numba.extending import intrinsic
 Kernel = Callable[..., Any]
 
 
-def _folder_stamp() -> tuple[tuple[str, int, int], ...]:
-    """Name, modification time (ns) and size of every module beside this one."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+def _folder_stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, modification time (ns) and size of every module of a folder."""
+    files = sorted(folder.glob("*.py"))
     return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)
 
 
-_STAMP = _folder_stamp()
+_STAMPS: dict[Path, tuple[tuple[str, int, int], ...]] = {}
+
+
+def _stamp(module_file: str) -> tuple[tuple[str, int, int], ...]:
+    """What a kernel compiled from ``module_file`` depends on: its folder's modules and this folder's."""
+    folders = {Path(module_file).resolve().parent, Path(__file__).resolve().parent}
+    for folder in folders - _STAMPS.keys():
+        _STAMPS[folder] = _folder_stamp(folder)
+    return sum((_STAMPS[folder] for folder in sorted(folders)), ())
 
 
 def _compile(function: Kernel, options: dict[str, Any]) -> Kernel:
@@ -35,7 +43,7 @@ def _compile(function: Kernel, options: dict[str, Any]) -> Kernel:
         index = compiled._cache._cache_file
         if not hasattr(index, "_source_stamp"):
             raise TypeError("this Numba keeps the stamp of its cache elsewhere")
-        index._source_stamp = _STAMP
+        index._source_stamp = _stamp(function.__code__.co_filename)
     return compiled  # type: ignore[no-any-return]
 
 
