@@ -1,16 +1,15 @@
 """Which path of a draft tree the target model took: compiled walks over the trees of a whole batch.
 
-Rows: request ``i`` has ``sizes[i] + 1`` rows, one after the other, in batch order: row 0 is its last token, row ``m`` its
-draft token ``m - 1``. ``parents[row]`` is the row's parent among its request's rows (-1 for row 0), always before it;
-an empty ``parents`` says that every draft is a chain. A target token drawn at a row is accepted as draft if a child of
-the row holds it, and the walk goes on there.
+Rows: request ``i`` has ``sizes[i] + 1`` rows, one after the other, in batch order: row 0 is its last token, row ``m``
+its draft token ``m - 1``. ``parents[row]`` is the row's parent among its request's rows (-1 for row 0), always before
+it; an empty ``parents`` says that every draft is a chain. A target token drawn at a row is accepted as draft if a child
+of the row holds it, and the walk goes on there.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-
 from vllm_specplug.kernels.memory import kernel
 
 Int32Array = npt.NDArray[np.int32]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_specplug import options, registry
-from vllm_specplug.host import compat, numba_guard, patching
+from vllm_specplug.host import compat, numba_guard, patching, sampling_params
 
 #: Older spellings of vLLM's own flags, still in many launch scripts: flag -> (current flag, destination, type).
 OLDER_FLAGS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
@@ -36,6 +36,7 @@ def install() -> None:
     patching.wrap(engine_args, "add_cli_args", _add_cli_args)
     patching.wrap(engine_args, "from_cli_args", _from_cli_args)
     patching.wrap(engine_args, "create_engine_config", _create_engine_config)
+    sampling_params.install_front()
 
 
 def uninstall() -> None:
