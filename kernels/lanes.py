@@ -1,0 +1,340 @@
+"""Vector building blocks for compiled kernels: rows of floats, a register tile of a matrix product, exponentials.
+
+Numba has no vector values and its automatic vectoriser is not dependable for register tiles, so these intrinsics emit
+LLVM vectors of `LANES` floats themselves. All arithmetic is float32. Memory is named by byte addresses (int64) without
+bounds checks; ``vectors`` counts groups of `LANES` elements.
+
+``kind`` arguments only matter by their type, which names the element type in memory: ``np.float32`` float32,
+``np.int16`` bfloat16, ``np.uint16`` float16. Pass `KINDS`' values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+#: torch dtype name: marker whose type selects the element type.
+KINDS = {"float32": np.float32(0), "bfloat16": np.int16(0), "float16": np.uint16(0)}
+
+
+def _lanes() -> int:
+    features = binding.get_host_cpu_features()
+    return 16 if features.get("avx512f") else 8 if features.get("avx") else 4
+
+
+#: Floats per vector on this machine; always divides 16.
+LANES = _lanes()
+#: Vectors of a register tile's row: with 6 rows these fill, but do not exceed, the registers.
+WIDE = 4 if LANES == 16 else 2
+
+Builder = Any
+Value = Any
+
+
+def _width(kind: types.Type) -> int:
+    return 4 if kind == types.float32 else 2
+
+
+def _memory(kind: types.Type) -> ir.Type:
+    return {types.float32: F32, types.int16: I16, types.uint16: ir.HalfType()}[kind]
+
+
+def _constant(number: float) -> ir.Constant:
+    # Rounded to float32 first: LLVM rejects a float constant with more bits.
+    return ir.Constant(ir.VectorType(F32, LANES), [float(np.float32(number))] * LANES)
+
+
+def _words(number: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(I32, LANES), [number] * LANES)
+
+
+def _at(builder: Builder, address: Value, element: ir.Type) -> Value:
+    return builder.inttoptr(address, element.as_pointer())
+
+
+def _load(builder: Builder, address: Value, element: ir.Type, lanes: int, align: int) -> Value:
+    return builder.load(_at(builder, address, ir.VectorType(element, lanes)), align=align)
+
+
+def _floats(builder: Builder, kind: types.Type, vector: Value, lanes: int) -> Value:
+    """Elements of ``kind`` as float32."""
+    target = ir.VectorType(F32, lanes)
+    if kind == types.int16:
+        wide = builder.zext(vector, ir.VectorType(I32, lanes))
+        return builder.bitcast(builder.shl(wide, ir.Constant(wide.type, [16] * lanes)), target)
+    return vector if kind == types.float32 else builder.fpext(vector, target)
+
+
+def _read(builder: Builder, kind: types.Type, address: Value) -> Value:
+    """`LANES` elements as float32."""
+    return _floats(builder, kind, _load(builder, address, _memory(kind), LANES, _width(kind)), LANES)
+
+
+def _write(builder: Builder, kind: types.Type, vector: Value, address: Value) -> None:
+    """Round `LANES` float32 to ``kind`` (to nearest, ties to even) and store them."""
+    if kind == types.int16:
+        bits = builder.bitcast(vector, ir.VectorType(I32, LANES))
+        odd = builder.and_(builder.lshr(bits, _words(16)), _words(1))
+        rounded = builder.lshr(builder.add(builder.add(bits, odd), _words(0x7FFF)), _words(16))
+        # The carry of the rounding would turn some NaNs into infinities.
+        rounded = builder.select(builder.fcmp_unordered("uno", vector, vector), _words(0x7FC0), rounded)
+        vector = builder.trunc(rounded, ir.VectorType(I16, LANES))
+    elif kind == types.uint16:
+        vector = builder.fptrunc(vector, ir.VectorType(ir.HalfType(), LANES))
+    builder.store(vector, _at(builder, address, vector.type), align=_width(kind))
+
+
+def _splat(builder: Builder, scalar: Value) -> Value:
+    undefined = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    one = builder.insert_element(undefined, scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, undefined, _words(0))
+
+
+def _reduce(builder: Builder, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:
+    """One number from all lanes."""
+    lanes = LANES
+    while lanes > 1:
+        lanes //= 2
+        halves = [ir.Constant(ir.VectorType(I32, lanes), list(range(h * lanes, h * lanes + lanes))) for h in (0, 1)]
+        vector = combine(*(builder.shuffle_vector(vector, vector, half) for half in halves))
+    return builder.extract_element(vector, ir.Constant(I32, 0))
+
+
+def _fma(builder: Builder, a: Value, b: Value, c: Value) -> Value:
+    return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+
+def _bigger(builder: Builder, a: Value, b: Value) -> Value:
+    return builder.select(builder.fcmp_ordered("ogt", a, b), a, b)
+
+
+def _exp2(builder: Builder, x: Value) -> Value:
+    """2^x for x <= 0, 0 below -126; relative error 2e-7."""
+    vanishes = builder.fcmp_ordered("olt", x, _constant(-126.0))
+    x = _bigger(builder, x, _constant(-126.0))
+    # Adding 1.5 * 2^23 leaves x, rounded to an integer, in the low bits.
+    shifted = builder.fadd(x, _constant(12582912.0))
+    rest = builder.fsub(x, builder.fsub(shifted, _constant(12582912.0)))
+    # Taylor's ln(2)^n / n!: the rest is in [-1/2, 1/2], where the first term left out is below 6e-9.
+    power = _constant(math.log(2) ** 7 / math.factorial(7))
+    for n in range(6, -1, -1):
+        power = _fma(builder, power, rest, _constant(math.log(2) ** n / math.factorial(n)))
+    exponent = builder.shl(builder.bitcast(shifted, ir.VectorType(I32, LANES)), _words(23))
+    scaled = builder.add(builder.bitcast(power, exponent.type), exponent)
+    return builder.select(vanishes, _constant(0.0), builder.bitcast(scaled, x.type))
+
+
+def _add(builder: Builder, address: Value, index: Value, step: int) -> Value:
+    return builder.add(address, builder.mul(index, ir.Constant(I64, step)))
+
+
+def _tile(rows: int, vectors: int) -> Any:
+    @intrinsic
+    def tile(typingctx, kind, a, lda, b, ldb, c, ldc, depth, keep):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            _, a, lda, b, ldb, c, ldc, depth, keep = args
+            step = LANES * _width(kind)
+            keep = builder.icmp_signed("!=", keep, ir.Constant(I64, 0))
+            places, sums = {}, {}
+            for r in range(rows):
+                for v in range(vectors):
+                    place = builder.add(builder.add(c, builder.mul(ldc, ir.Constant(I64, r))), I64(v * LANES * 4))
+                    before = _load(builder, place, F32, LANES, 4)
+                    places[r, v] = place
+                    sums[r, v] = cgutils.alloca_once_value(builder, builder.select(keep, before, _constant(0.0)))
+            starts = [builder.add(a, builder.mul(lda, ir.Constant(I64, r))) for r in range(rows)]
+            with cgutils.for_range(builder, depth) as loop:
+                here = builder.add(b, builder.mul(loop.index, ldb))
+                columns = [_read(builder, kind, builder.add(here, I64(v * step))) for v in range(vectors)]
+                for r in range(rows):
+                    factor = _splat(builder, builder.load(_at(builder, _add(builder, starts[r], loop.index, 4), F32)))
+                    for v in range(vectors):
+                        builder.store(_fma(builder, factor, columns[v], builder.load(sums[r, v])), sums[r, v])
+            for key, place in places.items():
+                _write(builder, types.float32, builder.load(sums[key]), place)
+            return context.get_dummy_value()
+
+        return types.void(kind, *[types.int64] * 8), codegen
+
+    return tile
+
+
+#: ``tile_R_V(kind, a, lda, b, ldb, c, ldc, depth, keep)``: C += A B for R rows of float32 A and C and V vectors of
+#: columns of B (``kind``), or C = A B where ``keep`` is 0. ``ld*`` are bytes from one row to the next.
+tile_6_wide, tile_3_wide, tile_1_wide = _tile(6, WIDE), _tile(3, WIDE), _tile(1, WIDE)
+tile_6_2, tile_3_2, tile_1_2 = _tile(6, 2), _tile(3, 2), _tile(1, 2)
+tile_6_1, tile_3_1, tile_1_1 = _tile(6, 1), _tile(3, 1), _tile(1, 1)
+
+
+@intrinsic
+def row_max(typingctx, row, vectors):  # type: ignore[no-untyped-def]
+    """The largest of a float32 row."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        best = cgutils.alloca_once_value(builder, _constant(-np.inf))
+        with cgutils.for_range(builder, args[1]) as loop:
+            values = _read(builder, types.float32, _add(builder, args[0], loop.index, LANES * 4))
+            builder.store(_bigger(builder, values, builder.load(best)), best)
+        return _reduce(builder, builder.load(best), lambda a, b: _bigger(builder, a, b))
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def row_exp2(typingctx, row, vectors, shift):  # type: ignore[no-untyped-def]
+    """Replace each x of a float32 row by 2^(x - shift), ``shift`` being no less than any x; their sum."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        total = cgutils.alloca_once_value(builder, _constant(0.0))
+        shift = _splat(builder, args[2])
+        with cgutils.for_range(builder, args[1]) as loop:
+            place = _add(builder, args[0], loop.index, LANES * 4)
+            power = _exp2(builder, builder.fsub(_read(builder, types.float32, place), shift))
+            _write(builder, types.float32, power, place)
+            builder.store(builder.fadd(builder.load(total), power), total)
+        return _reduce(builder, builder.load(total), builder.fadd)
+
+    return types.float32(types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
+def exp2(typingctx, x):  # type: ignore[no-untyped-def]
+    """2^x for a float32 x <= 0."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.extract_element(_exp2(builder, _splat(builder, args[0])), ir.Constant(I32, 0))
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def row_copy(typingctx, read_kind, source, write_kind, target, vectors, factor):  # type: ignore[no-untyped-def]
+    """``target[i] = factor * source[i]``, from elements of one kind to elements of another."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        factor = _splat(builder, args[5])
+        with cgutils.for_range(builder, args[4]) as loop:
+            values = _read(builder, read_kind, _add(builder, args[1], loop.index, LANES * _width(read_kind)))
+            place = _add(builder, args[3], loop.index, LANES * _width(write_kind))
+            _write(builder, write_kind, builder.fmul(values, factor), place)
+        return context.get_dummy_value()
+
+    return types.void(read_kind, types.int64, write_kind, types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
+def row_gather(typingctx, kind, source, table, target, vectors, run):  # type: ignore[no-untyped-def]
+    """``target[i] = source[table[i]]`` as float32; ``table`` is int32.
+
+    ``run`` says what is known of the table: 1 if each vector's elements lie side by side, 2 if every second one does
+    (and an even number of elements ends the source), 0 if nothing.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, source, table, target, vectors, run = args
+        width = _width(kind)
+        known = builder.icmp_signed("!=", run, ir.Constant(I64, 0))
+        paired = builder.icmp_signed("==", run, ir.Constant(I64, 2))
+
+        def offset(index: Value) -> Value:
+            return builder.sext(builder.load(_at(builder, _add(builder, table, index, 4), I32)), I64)
+
+        with builder.if_else(known) as (fast, slow):
+            with fast, cgutils.for_range(builder, vectors) as loop:
+                first = offset(builder.mul(loop.index, ir.Constant(I64, LANES)))
+                place = _add(builder, target, loop.index, LANES * 4)
+                with builder.if_else(paired) as (pairs, single):
+                    with pairs:
+                        odd = builder.and_(first, ir.Constant(I64, 1))
+                        both = _load(
+                            builder,
+                            _add(builder, source, builder.sub(first, odd), width),
+                            _memory(kind),
+                            2 * LANES,
+                            width,
+                        )
+                        lanes = [
+                            builder.shuffle_vector(
+                                both, both, ir.Constant(ir.VectorType(I32, LANES), list(range(half, 2 * LANES, 2)))
+                            )
+                            for half in (0, 1)
+                        ]
+                        chosen = builder.select(builder.trunc(odd, ir.IntType(1)), lanes[1], lanes[0])
+                        _write(builder, types.float32, _floats(builder, kind, chosen, LANES), place)
+                    with single:
+                        values = _read(builder, kind, _add(builder, source, first, width))
+                        _write(builder, types.float32, values, place)
+            with slow, cgutils.for_range(builder, builder.mul(vectors, ir.Constant(I64, LANES))) as loop:
+                element = builder.load(
+                    _at(builder, _add(builder, source, offset(loop.index), width), ir.VectorType(_memory(kind), 1)),
+                    align=width,
+                )
+                value = builder.extract_element(_floats(builder, kind, element, 1), ir.Constant(I32, 0))
+                builder.store(value, _at(builder, _add(builder, target, loop.index, 4), F32))
+        return context.get_dummy_value()
+
+    return types.void(kind, *[types.int64] * 5), codegen
+
+
+@intrinsic
+def load_wide(typingctx, address, index):  # type: ignore[no-untyped-def]
+    """The int64 at ``address + 8 * index``."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load(_at(builder, _add(builder, args[0], args[1], 8), I64))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_byte(typingctx, address, index):  # type: ignore[no-untyped-def]
+    """The uint8 at ``address + index``."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.zext(builder.load(_at(builder, builder.add(*args), ir.IntType(8))), I64)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_number(typingctx, address, index):  # type: ignore[no-untyped-def]
+    """The float32 at ``address + 4 * index``, as it is."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load(_at(builder, _add(builder, args[0], args[1], 4), F32))
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def store_number(typingctx, address, index, number):  # type: ignore[no-untyped-def]
+    """Write a float32 to ``address + 4 * index``."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.store(args[2], _at(builder, _add(builder, args[0], args[1], 4), F32))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
+def copy_element(typingctx, kind, source, index, target, place):  # type: ignore[no-untyped-def]
+    """Copy element ``index`` of ``source`` to element ``place`` of ``target``, bit by bit."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, source, index, target, place = args
+        word = ir.IntType(8 * _width(kind))
+        value = builder.load(_at(builder, _add(builder, source, index, _width(kind)), word))
+        builder.store(value, _at(builder, _add(builder, target, place, _width(kind)), word))
+        return context.get_dummy_value()
+
+    return types.void(kind, *[types.int64] * 4), codegen

@@ -1,0 +1,541 @@
+"""Attention of draft trees on the CPU, over vLLM's KV cache as its CPU backend lays it out, and moves within it.
+
+Once per engine: ``layout = probe_layout(write, dtype, block_size, head_size)`` with vLLM's own cache writer, and
+``caches = prepare_caches(pairs, layout)`` with every layer's (key cache, value cache) of that layout. Once per step:
+``step = prepare_step(trees, block_table, layout)``, which validates; it serves every layer whose KV cache has this
+block table and layout, whatever its heads, scale and window. Then per layer ``tree_attention_cpu(..., step)``, which
+checks nothing, and after sampling ``move_rows(caches, sources, targets)`` once for all layers.
+
+How it works. Per tree and KV head, the rows' query heads are packed as float32, scaled, and multiplied with the keys of
+a panel of blocks; the panel's scores become weights with a running maximum; the weights are multiplied with the values.
+Both products are the same register tile (see `lanes`), which converts the cache's elements on the fly. Only the rows'
+own slots need a mask, for all rows see the whole context (but for a sliding window). A cache that keeps keys
+transposed, ``[head_size, block_size]``, and values by rows is read in place; any other arrangement is first gathered
+into float32 through the offsets that the probe found.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm_specplug.kernels import lanes
+from vllm_specplug.kernels.lanes import LANES, WIDE
+from vllm_specplug.kernels.memory import kernel, load
+from vllm_specplug.kernels.tree_attention import DTYPES, TreeBatch, check_trees
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+Cache = torch.Tensor
+
+# Query heads of tree rows handled together. More would not stay in the first-level data cache with a panel's scores.
+MOST_QUERIES = 96
+#: Keys whose scores are held at a time, rounded down to whole blocks (at least one).
+PANEL_KEYS = 256
+FLOATS = np.float32(0)
+
+# Words of a call's description, all int64; the first ones change with the layer, see `_LAYER`.
+QUERY, OUT, KEY, VALUE = range(4)
+QUERY_ROW, QUERY_HEAD, OUT_ROW, OUT_HEAD, KEY_BLOCK, KEY_HEAD, VALUE_BLOCK, VALUE_HEAD = range(4, 12)  # bytes
+HEADS, KV_HEADS, WINDOW = range(12, 15)
+HEAD_SIZE, BLOCK_SIZE, ELEMENT, KEYS_IN_PLACE, VALUES_IN_PLACE = range(15, 20)
+KEY_TABLE, VALUE_TABLE, KEY_RUN, VALUE_RUN, KEY_STRIDE = range(20, 25)
+TREES, STARTS, SIZES, CONTEXTS, REQUESTS, VISIBLE, VISIBLE_ROW, TABLE, TABLE_ROW = range(25, 34)
+WORDS = 40
+_LAYER = struct.Struct("=15q")
+
+
+class UnknownLayout(ValueError):
+    """The KV cache is not arranged in a way that the kernels can read."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CacheLayout:
+    """Where the CPU cache keeps the elements of one (block, KV head).
+
+    Attributes:
+        dtype: element type.
+        keys, values: ``int32[block_size, head_size]`` element offset of (slot in block, dimension) from where the
+            (block, KV head) begins in the key cache and the value cache; each a permutation.
+    """
+
+    dtype: torch.dtype
+    keys: Int32Array
+    values: Int32Array
+    words: tuple[int, ...] = field(init=False)
+    _tables: tuple[Int32Array, Int32Array] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive what the kernels want to know.
+
+        Raises:
+            UnknownLayout: dtype or head size have no kernel, or the offsets are no permutation.
+        """
+        block_size, head_size = self.keys.shape
+        if self.dtype not in DTYPES:
+            raise UnknownLayout(f"no kernel for a cache of {self.dtype}")
+        if head_size % 16:
+            raise UnknownLayout(f"no kernel for head size {head_size}: not a multiple of 16")
+        identity = np.arange(self.keys.size)
+        for offsets in (self.keys, self.values):
+            if offsets.shape != (block_size, head_size) or not np.array_equal(np.sort(offsets, axis=None), identity):
+                raise UnknownLayout(f"offsets must be a permutation of {block_size} slots of {head_size} elements")
+        # The gathered keys are transposed, [head_size, stride]; lanes beyond the block repeat its last key.
+        stride = -(-block_size // LANES) * LANES
+        gathered = self.keys.T[:, np.minimum(np.arange(stride), block_size - 1)]
+        tables = tuple(np.ascontiguousarray(t, dtype=np.int32) for t in (gathered, self.values))
+        whole = block_size % LANES == 0
+        in_place = (whole and _in_order(self.keys.T), _in_order(self.values))
+        words = (head_size, block_size, self.dtype.itemsize, *in_place, *(t.ctypes.data for t in tables))
+        object.__setattr__(self, "_tables", tables)
+        object.__setattr__(self, "words", (*map(int, words), *(_run(t) for t in tables), stride * 4))
+
+    @property
+    def block_size(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def head_size(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the kernel reads the cache as it is, without gathering."""
+        return bool(self.words[KEYS_IN_PLACE - HEAD_SIZE] and self.words[VALUES_IN_PLACE - HEAD_SIZE])
+
+
+def _in_order(offsets: Int32Array) -> bool:
+    return bool(np.array_equal(offsets.ravel(), np.arange(offsets.size)))
+
+
+def _run(table: Int32Array) -> int:
+    """Distance of a vector's elements in the cache if it is 1 or 2 for all vectors of a gather table, else 0."""
+    steps = np.diff(table.reshape(-1, LANES), axis=1)
+    return int(steps[0, 0]) if steps[0, 0] in (1, 2) and np.all(steps == steps[0, 0]) else 0
+
+
+def probe_layout(
+    write: Callable[[Cache, Cache, Cache, Cache, torch.Tensor], None],
+    dtype: torch.dtype,
+    block_size: int,
+    head_size: int,
+) -> CacheLayout:
+    """Find the layout by writing known numbers to a small cache.
+
+    Args:
+        write: ``write(key, value, key_cache, value_cache, slot_mapping)``, vLLM's own writer; key and value are
+            ``[tokens, kv_heads, head_size]``, the caches ``[blocks, kv_heads, block_size, head_size]`` views of one
+            tensor as the CPU backend makes them, slot_mapping ``int64[tokens]``.
+
+    Raises:
+        UnknownLayout: the numbers are not found again as a permutation, the same for all blocks and heads.
+    """
+    if dtype not in DTYPES:
+        raise UnknownLayout(f"no kernel for a cache of {dtype}")
+    blocks, heads, base = 3, 2, 128  # integers below 128 are exact in all dtypes
+    size = block_size * head_size
+    codes = torch.arange(2 * heads * size).reshape(2, block_size, heads, head_size)
+    found = torch.zeros(2, blocks, heads, size, dtype=torch.int64)
+    # Neither the order of the writes nor how many go together may matter.
+    order = torch.from_numpy(np.random.default_rng(0).permutation(block_size))
+    for digit in range(math.ceil(math.log(codes.numel(), base))):
+        numbers = (codes // base**digit % base).to(dtype)
+        cache = torch.full((blocks, heads, block_size * 2, head_size), -1.0, dtype=dtype)
+        key_cache, value_cache = cache.chunk(2, dim=2)
+        for block in (2, 1):
+            for slots in (order[:1], order[1:]):
+                key, value = (numbers[i, slots].contiguous() for i in (0, 1))
+                write(key, value, key_cache, value_cache, block * block_size + slots)
+        if not bool((cache[0] == -1).all()):
+            raise UnknownLayout("a write to one block of the cache changed another")
+        for i, part in enumerate((key_cache, value_cache)):
+            read = part.reshape(blocks, heads, size).double()
+            if not bool(((read[1:] >= 0) & (read[1:] < base) & (read[1:] == read[1:].round())).all()):
+                raise UnknownLayout(f"the {('key', 'value')[i]} cache holds numbers that were not written")
+            found[i] += read.long() * base**digit
+    tables = []
+    for i, name in enumerate(("key", "value")):
+        for block in range(1, blocks):
+            for head in range(heads):
+                wanted = codes[i, :, head].flatten()
+                numbers, places = found[i, block, head].sort()
+                if not torch.equal(numbers, wanted.sort().values):
+                    raise UnknownLayout(f"the {name} cache does not hold each number written to a block and head once")
+                offsets = torch.empty(size, dtype=torch.int64)
+                offsets[wanted.argsort()] = places
+                tables.append(offsets)
+        if not all(torch.equal(tables[-1], other) for other in tables[-(blocks - 1) * heads :]):
+            raise UnknownLayout(f"the {name} cache is arranged differently in each block or head")
+    shape = (block_size, head_size)
+    keys, values = (tables[at].reshape(shape).numpy().astype(np.int32) for at in (0, -1))
+    return CacheLayout(dtype, keys, values)
+
+
+_SCRATCH: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
+
+
+def _scratch_floats(head_size: int, block_size: int, queries: int) -> int:
+    keys = max(PANEL_KEYS, block_size) + 2 * LANES
+    return queries * (2 * head_size + keys + 2) + 2 * head_size * (block_size + LANES) + 64
+
+
+@dataclass(slots=True, eq=False)
+class PreparedStep:
+    """What a step's calls have in common. Keeps the tensors it names alive."""
+
+    trees: TreeBatch
+    block_table: torch.Tensor
+    layout: CacheLayout
+    call: Int64Array
+    address: int
+
+
+def prepare_step(trees: TreeBatch, block_table: torch.Tensor, layout: CacheLayout) -> PreparedStep:
+    """Validate a step's trees against the block table (``int32[requests, max_blocks]``) and note their addresses.
+
+    Raises:
+        ValueError: see `check_trees`.
+    """
+    check_trees(trees, block_table, layout.block_size)
+    call = np.zeros(WORDS, np.int64)
+    call[HEAD_SIZE:TREES] = layout.words
+    starts, sizes, contexts, requests = (t.data_ptr() for t in trees[:4])
+    visible, table = trees.visible, block_table
+    call[TREES : TABLE_ROW + 1] = (
+        *(len(trees.starts), starts, sizes, contexts, requests, visible.data_ptr()),
+        *(visible.stride(0) if len(visible) else 0, table.data_ptr(), table.stride(0) * 4),
+    )
+    return PreparedStep(trees, block_table, layout, call, call.ctypes.data)
+
+
+def tree_attention_cpu(
+    query: torch.Tensor,
+    key_cache: Cache,
+    value_cache: Cache,
+    block_table: torch.Tensor,
+    trees: TreeBatch,
+    out: torch.Tensor,
+    scale: float,
+    window: int,
+    layout: CacheLayout,
+    step: PreparedStep | None = None,
+) -> None:
+    """`tree_attention_reference` over caches in ``layout``; sums in float32, in another order.
+
+    Args:
+        query, out: ``[T, heads, head_size]``, the last dimension contiguous; of the layout's dtype.
+        key_cache, value_cache: ``[blocks, kv_heads, block_size, head_size]`` as vLLM's CPU backend slices them.
+        block_table, trees, layout: as given to `prepare_step`.
+        step: what `prepare_step` returned for them; prepared here where it is missing. Nothing else is validated.
+    """
+    if step is None:
+        step = prepare_step(trees, block_table, layout)
+    size = query.element_size()
+    query_row, query_head, _ = query.stride()
+    out_row, out_head, _ = out.stride()
+    key_block, key_head, _, _ = key_cache.stride()
+    value_block, value_head, _, _ = value_cache.stride()
+    heads, kv_heads = query.shape[1], key_cache.shape[1]
+    _LAYER.pack_into(
+        step.call,
+        0,
+        *(query.data_ptr(), out.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr()),
+        *(query_row * size, query_head * size, out_row * size, out_head * size),
+        *(key_block * size, key_head * size, value_block * size, value_head * size),
+        *(heads, kv_heads, window),
+    )
+    queries = max(MOST_QUERIES, heads // kv_heads)
+    needed = (_scratch_floats(layout.head_size, layout.block_size, queries), 1)
+    scratch = _SCRATCH.get(needed)
+    if scratch is None:
+        scratch = _SCRATCH[needed] = np.zeros(needed[0], np.float32)
+    _attend_all(_KINDS[layout.dtype], step.address, scratch.ctypes.data, queries, scale * math.log2(math.e))
+
+
+_KINDS = {dtype: lanes.KINDS[str(dtype).removeprefix("torch.")] for dtype in DTYPES}
+
+
+@kernel
+def _multiply(kind, a, lda, b, ldb, element, c, ldc, rows, vectors, depth, keep):  # type: ignore[no-untyped-def]
+    """C (+)= A B, see `lanes.tile_6_wide`; B is read once per six rows while it is in the nearest cache."""
+    v = 0
+    while v < vectors:
+        wide = WIDE if vectors - v >= WIDE else 2 if vectors - v >= 2 else 1
+        columns = b + v * LANES * element
+        r = 0
+        while r < rows:
+            left = rows - r
+            taken = 6 if left >= 6 else 3 if left >= 3 else 1
+            x = a + r * lda
+            y = c + r * ldc + v * LANES * 4
+            if wide == WIDE:
+                if taken == 6:
+                    lanes.tile_6_wide(kind, x, lda, columns, ldb, y, ldc, depth, keep)
+                elif taken == 3:
+                    lanes.tile_3_wide(kind, x, lda, columns, ldb, y, ldc, depth, keep)
+                else:
+                    lanes.tile_1_wide(kind, x, lda, columns, ldb, y, ldc, depth, keep)
+            elif wide == 2:
+                if taken == 6:
+                    lanes.tile_6_2(kind, x, lda, columns, ldb, y, ldc, depth, keep)
+                elif taken == 3:
+                    lanes.tile_3_2(kind, x, lda, columns, ldb, y, ldc, depth, keep)
+                else:
+                    lanes.tile_1_2(kind, x, lda, columns, ldb, y, ldc, depth, keep)
+            else:
+                if taken == 6:
+                    lanes.tile_6_1(kind, x, lda, columns, ldb, y, ldc, depth, keep)
+                elif taken == 3:
+                    lanes.tile_3_1(kind, x, lda, columns, ldb, y, ldc, depth, keep)
+                else:
+                    lanes.tile_1_1(kind, x, lda, columns, ldb, y, ldc, depth, keep)
+            r += taken
+        v += wide
+
+
+@kernel
+def _mask(call, scores, row_bytes, panel, columns, context, visible, first, rows, group, window):  # type: ignore[no-untyped-def]
+    """Hide from each query of rows ``first`` to ``first + rows`` what it may not see of the panel's columns.
+
+    ``visible`` is the address of the tree's first row; column ``j`` is cache slot ``panel + j``, and so tree row
+    ``panel + j - context`` from the context's end on. A row sees itself: its depth is its visible rows less one.
+    """
+    hidden = np.float32(-np.inf)
+    pitch = lanes.load_wide(call, VISIBLE_ROW)
+    for r in range(rows):
+        row = visible + (first + r) * pitch
+        position = context - 1
+        if window >= 0:
+            for m in range(first + r + 1):
+                position += lanes.load_byte(row, m)
+        lowest = position - window + 1 if window >= 0 else 0
+        for g in range(group):
+            line = scores + (r * group + g) * row_bytes
+            for j in range(min(columns, lowest - panel, context - panel)):
+                lanes.store_number(line, j, hidden)
+        at = context - 1
+        for j in range(max(0, context - panel), columns):
+            m = panel + j - context
+            seen = m <= first + r and lanes.load_byte(row, m) != 0
+            if seen and window >= 0:
+                # Ancestors come in the order of their depths.
+                at = context - 1
+                for k in range(m + 1):
+                    at += lanes.load_byte(row, k)
+                seen = at >= lowest
+            if not seen:
+                for g in range(group):
+                    lanes.store_number(scores + (r * group + g) * row_bytes, j, hidden)
+
+
+@kernel
+def _attend(kind, call, scratch, scale, tree, base, head, first, rows):  # type: ignore[no-untyped-def]
+    """Rows ``first`` to ``first + rows`` of a tree, whose rows begin at ``base`` of all trees', for one KV head."""
+    floats = np.float32(0)
+    head_size = lanes.load_wide(call, HEAD_SIZE)
+    block_size = lanes.load_wide(call, BLOCK_SIZE)
+    element = lanes.load_wide(call, ELEMENT)
+    keys_in_place = lanes.load_wide(call, KEYS_IN_PLACE)
+    values_in_place = lanes.load_wide(call, VALUES_IN_PLACE)
+    key_stride = lanes.load_wide(call, KEY_STRIDE)
+    window = lanes.load_wide(call, WINDOW)
+    group = lanes.load_wide(call, HEADS) // lanes.load_wide(call, KV_HEADS)
+    start = load(lanes.load_wide(call, STARTS), tree)
+    size = load(lanes.load_wide(call, SIZES), tree)
+    context = load(lanes.load_wide(call, CONTEXTS), tree)
+    request = load(lanes.load_wide(call, REQUESTS), tree)
+    table = lanes.load_wide(call, TABLE) + request * lanes.load_wide(call, TABLE_ROW)
+    visible = lanes.load_wide(call, VISIBLE) + base * lanes.load_wide(call, VISIBLE_ROW)
+    keys_at = lanes.load_wide(call, KEY) + head * lanes.load_wide(call, KEY_HEAD)
+    values_at = lanes.load_wide(call, VALUE) + head * lanes.load_wide(call, VALUE_HEAD)
+    key_block = lanes.load_wide(call, KEY_BLOCK)
+    value_block = lanes.load_wide(call, VALUE_BLOCK)
+    vectors = head_size // LANES
+    queries = rows * group
+    panel_blocks = max(1, PANEL_KEYS // block_size)
+
+    width = head_size * 4
+    packed = scratch
+    sums = packed + queries * width
+    scores = sums + queries * width
+    row_bytes = (panel_blocks * block_size + LANES) * 4
+    maxima = scores + queries * row_bytes
+    totals = maxima + queries * 4
+    gathered = totals + queries * 4
+
+    from_query = lanes.load_wide(call, QUERY) + start * lanes.load_wide(call, QUERY_ROW)
+    query_row = lanes.load_wide(call, QUERY_ROW)
+    query_head = lanes.load_wide(call, QUERY_HEAD)
+    for r in range(rows):
+        for g in range(group):
+            source = from_query + (first + r) * query_row + (head * group + g) * query_head
+            lanes.row_copy(kind, source, floats, packed + (r * group + g) * width, vectors, scale)
+    for q in range(queries):
+        lanes.store_number(maxima, q, np.float32(-np.inf))
+        lanes.store_number(totals, q, np.float32(0))
+
+    total = context + size
+    # No row sees below what the root sees.
+    block = max(0, context + 1 - window) // block_size if window >= 0 else 0
+    fresh = True
+    while block * block_size < total:
+        panel = block * block_size
+        count = min(panel_blocks, (total - panel + block_size - 1) // block_size)
+        columns = min(count * block_size, total - panel)
+        for i in range(count):
+            keys = min(block_size, total - panel - i * block_size)
+            from_keys = keys_at + load(table, block + i) * key_block
+            target = scores + i * block_size * 4
+            groups = (keys + LANES - 1) // LANES
+            if keys_in_place != 0:
+                _multiply(
+                    kind, packed, width, from_keys, block_size * element, element,
+                    target, row_bytes, queries, groups, head_size, 0,
+                )  # fmt: skip
+            else:
+                every = head_size * (key_stride // 4) // LANES
+                key_table = lanes.load_wide(call, KEY_TABLE)
+                lanes.row_gather(kind, from_keys, key_table, gathered, every, lanes.load_wide(call, KEY_RUN))
+                _multiply(
+                    floats, packed, width, gathered, key_stride, 4,
+                    target, row_bytes, queries, groups, head_size, 0,
+                )  # fmt: skip
+        padded = (columns + LANES - 1) // LANES
+        if panel + padded * LANES > context or window >= 0:
+            _mask(call, scores, row_bytes, panel, padded * LANES, context, visible, first, rows, group, window)
+        for q in range(queries):
+            line = scores + q * row_bytes
+            before = lanes.load_number(maxima, q)
+            largest = max(before, lanes.row_max(line, padded))
+            # A row that has seen nothing yet: any finite shift makes all weights 0.
+            shift = largest if largest > np.float32(-np.inf) else np.float32(0)
+            added = lanes.row_exp2(line, padded, shift)
+            if not fresh:
+                fade = lanes.exp2(before - shift)
+                added += lanes.load_number(totals, q) * fade
+                if before < largest:
+                    lanes.row_copy(floats, sums + q * width, floats, sums + q * width, vectors, fade)
+            lanes.store_number(maxima, q, largest)
+            lanes.store_number(totals, q, added)
+        for i in range(count):
+            # Not one key more: what lies in slots never written may be NaN.
+            keys = min(block_size, total - panel - i * block_size)
+            from_values = values_at + load(table, block + i) * value_block
+            weights = scores + i * block_size * 4
+            keep = 0 if fresh else 1
+            if values_in_place != 0:
+                _multiply(
+                    kind, weights, row_bytes, from_values, head_size * element, element,
+                    sums, width, queries, vectors, keys, keep,
+                )  # fmt: skip
+            else:
+                value_table = lanes.load_wide(call, VALUE_TABLE)
+                lanes.row_gather(
+                    kind, from_values, value_table, gathered, keys * vectors, lanes.load_wide(call, VALUE_RUN)
+                )
+                _multiply(
+                    floats, weights, row_bytes, gathered, width, 4,
+                    sums, width, queries, vectors, keys, keep,
+                )  # fmt: skip
+            fresh = False
+        block += count
+
+    to_out = lanes.load_wide(call, OUT) + start * lanes.load_wide(call, OUT_ROW)
+    out_row = lanes.load_wide(call, OUT_ROW)
+    out_head = lanes.load_wide(call, OUT_HEAD)
+    for r in range(rows):
+        for g in range(group):
+            q = r * group + g
+            target = to_out + (first + r) * out_row + (head * group + g) * out_head
+            share = np.float32(1) / lanes.load_number(totals, q)
+            lanes.row_copy(floats, sums + q * width, kind, target, vectors, share)
+
+
+@kernel
+def _attend_all(kind, call, scratch, most, scale):  # type: ignore[no-untyped-def]
+    """All trees and heads, ``most`` queries at a time; ``scale`` makes scores powers of two."""
+    group = lanes.load_wide(call, HEADS) // lanes.load_wide(call, KV_HEADS)
+    at_once = max(1, most // group)
+    base = 0
+    for tree in range(lanes.load_wide(call, TREES)):
+        size = load(lanes.load_wide(call, SIZES), tree)
+        for head in range(lanes.load_wide(call, KV_HEADS)):
+            for first in range(0, size, at_once):
+                rows = min(at_once, size - first)
+                _attend(kind, call, scratch, np.float32(scale), tree, base, head, first, rows)
+        base += size
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Caches:
+    """Addresses of all layers' caches of one layout; keeps the tensors alive.
+
+    Attributes:
+        layers: ``int64[L, 7]`` key address, value address, bytes from block to block and from head to head of each,
+            KV heads.
+    """
+
+    layout: CacheLayout
+    pairs: tuple[tuple[Cache, Cache], ...]
+    layers: Int64Array
+    keys: Int32Array
+    values: Int32Array
+
+
+def prepare_caches(pairs: Sequence[tuple[Cache, Cache]], layout: CacheLayout) -> Caches:
+    """Note where the layers' caches are, for `move_rows`.
+
+    Args:
+        pairs: per layer the key cache and the value cache, ``[blocks, kv_heads, block_size, head_size]`` as vLLM's CPU
+            backend slices them.
+
+    Raises:
+        ValueError: a cache is not of this layout's dtype or sizes, or not contiguous within a (block, KV head).
+    """
+    layers = np.zeros((len(pairs), 7), np.int64)
+    for i, (keys, values) in enumerate(pairs):
+        for cache in (keys, values):
+            if cache.dtype != layout.dtype or cache.shape[2:] != layout.keys.shape:
+                raise ValueError(f"layer {i}: {cache.dtype} {tuple(cache.shape)}, wanted {layout.keys.shape} blocks")
+            if cache.stride()[2:] != (layout.head_size, 1):
+                raise ValueError(f"layer {i}: a block and head must be contiguous, got strides {cache.stride()}")
+        size = keys.element_size()
+        strides = (keys.stride(0), keys.stride(1), values.stride(0), values.stride(1))
+        layers[i] = (keys.data_ptr(), values.data_ptr(), *(s * size for s in strides), keys.shape[1])
+    tables = (np.ascontiguousarray(t) for t in (layout.keys, layout.values))
+    return Caches(layout, tuple(pairs), layers, *tables)
+
+
+def move_rows(caches: Caches, sources: Int64Array, targets: Int64Array) -> None:
+    """Copy K and V of slot ``sources[i]`` to slot ``targets[i]`` in every layer and head, in the order given.
+
+    Args:
+        sources, targets: ``int64[n]`` flat slots, block times block size plus offset. Not validated.
+    """
+    _move(_KINDS_BY_WIDTH[caches.layout.dtype.itemsize], caches.layers, caches.keys, caches.values, sources, targets)
+
+
+_KINDS_BY_WIDTH: dict[int, Any] = {2: np.int16(0), 4: np.float32(0)}
+
+
+@kernel
+def _move(kind, layers, keys, values, sources, targets):  # type: ignore[no-untyped-def]
+    block_size, head_size = keys.shape
+    for layer in layers:
+        for head in range(layer[6]):
+            for part in range(2):
+                base = layer[part] + head * layer[3 + 2 * part]
+                block_bytes = layer[2 + 2 * part]
+                offsets = values if part else keys
+                for i in range(len(sources)):
+                    source = base + sources[i] // block_size * block_bytes
+                    target = base + targets[i] // block_size * block_bytes
+                    old, new = offsets[sources[i] % block_size], offsets[targets[i] % block_size]
+                    for d in range(head_size):
+                        lanes.copy_element(kind, source, old[d], target, new[d])
