@@ -70,6 +70,10 @@ def engine(model: Path, speculative_config: dict[str, Any] | None = None, **sett
     finally:
         runner = runner_of(llm)
         runner.kv_caches.clear()
+        # What the plugin prepared for the caches holds on to them.
+        trees = getattr(getattr(runner, "drafter", None), "trees", None)
+        if trees is not None:
+            trees.backend = None
         for layer in runner.compilation_config.static_forward_context.values():
             layer.kv_cache = None
 

@@ -250,6 +250,7 @@ def test_topk_rows_follow_their_requests(engine):
     topk = (
         rows,
         np.array([0, 2, 3], np.int32),
+        np.array([-1, 0, -1], np.int32),
         np.arange(6, dtype=np.int32).reshape(3, 2),
         np.zeros((3, 2), np.float32),
     )
@@ -266,6 +267,7 @@ def test_topk_rows_follow_their_requests(engine):
     step = engine.proposer.steps[-1]
     assert step.row_tokens.tolist() == [5, 8]
     assert step.row_offsets.tolist() == [0, 2]
+    assert step.row_parents.tolist() == [-1, 0]
     assert step.topk_ids.tolist() == [[0, 1], [2, 3]]
 
 

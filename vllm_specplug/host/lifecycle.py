@@ -16,9 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from vllm_specplug.proposers.base import DraftForest, Int32Array, Proposer, Request, StepResult
+from vllm_specplug.host.forests import KeptTree, read_forest
+from vllm_specplug.proposers.base import Int32Array, Proposer, Request, StepResult
 
 logger = logging.getLogger("vllm.specplug")
+
+#: ``(row_tokens, row_offsets, row_parents, topk_ids, topk_logprobs)`` of :class:`StepResult`.
+TopK = tuple[Any, Any, Any, Any, Any]
 
 #: Makes the :class:`Request` of a row seen for the first time: ``(row, request_id, slot) -> Request``.
 Admit = Callable[[int, str, int], Request]
@@ -30,12 +34,14 @@ class Counters:
 
     steps: int = 0
     drafted: int = 0
+    drafted_in_trees: int = 0
     verified: int = 0
     accepted: int = 0
     emitted: int = 0
     errors: int = 0
     requests: int = 0
     requests_without_drafts: int = 0
+    requests_with_chains_only: int = 0
     resynchronised: int = 0
     observe_ns: int = 0
     propose_ns: int = 0
@@ -53,7 +59,7 @@ class Rows:
         totals: ``int32[n]`` tokens each holds now, prompt and emitted ones included.
         drafted: ``int32[n]`` draft tokens verified for each.
         limits: ``int32[n]`` most draft tokens each may get.
-        topk: ``(row_tokens, row_offsets, ids, logprobs)`` as in :class:`StepResult`, or None.
+        topk: ``(row_tokens, row_offsets, row_parents, ids, logprobs)`` as in :class:`StepResult`, or None.
     """
 
     rows: Int32Array
@@ -62,7 +68,7 @@ class Rows:
     totals: Int32Array
     drafted: Int32Array
     limits: Int32Array
-    topk: tuple[Any, Any, Any, Any] | None = None
+    topk: TopK | None = None
 
 
 @dataclass(slots=True)
@@ -77,6 +83,10 @@ class _Slots:
     bound: Int32Array = field(default_factory=lambda: np.zeros(64, np.int32))
     #: The proposer failed on this request: it gets no drafts any more.
     off: np.ndarray = field(default_factory=lambda: np.zeros(64, bool))
+    #: Its request may get no drafts, but is learned from.
+    muted: np.ndarray = field(default_factory=lambda: np.zeros(64, bool))
+    #: Its draft may branch.
+    branching: np.ndarray = field(default_factory=lambda: np.zeros(64, bool))
     used: int = 0
 
     def take(self, request_id: str) -> int:
@@ -85,11 +95,11 @@ class _Slots:
         else:
             slot, self.used = self.used, self.used + 1
             if slot == len(self.known):
-                for name in ("known", "bound", "off"):
+                for name in ("known", "bound", "off", "muted", "branching"):
                     old = getattr(self, name)
                     setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
         self.of[request_id] = slot
-        self.off[slot] = False
+        self.off[slot] = self.muted[slot] = False
         return slot
 
 
@@ -100,6 +110,8 @@ class Lifecycle:
         self.proposer = proposer
         self.vocab_size = vocab_size
         self.counters = Counters()
+        #: Branching drafts the engine holds, by request id; chains need not be remembered.
+        self.trees: dict[str, KeptTree] = {}
         self._slots = _Slots()
         self._logged: set[str] = set()
 
@@ -109,12 +121,16 @@ class Lifecycle:
         return len(self._slots.of)
 
     def step(self, batch: Rows, admit: Admit) -> list[list[int]]:
-        """Observe one step and draft for the next.
+        """Observe one step and draft for the next. Drafts that branch are in :attr:`trees` until the request's next
+        step here.
 
         Returns:
             Draft tokens per request of ``batch``, in its order; empty lists where nothing is drafted.
         """
         counters, slots = self.counters, self._slots
+        if self.trees:
+            for request_id in batch.ids:
+                self.trees.pop(request_id, None)
         counters.steps += 1
         n = len(batch.ids)
         slot_of = slots.of
@@ -137,12 +153,17 @@ class Lifecycle:
         if known.any():
             self._observe(self._result(batch, slot, lengths, known))
         room = np.minimum(batch.limits, slots.bound[slot] - batch.totals - 1)
-        active = ~slots.off[slot] & (room > 0)
+        active = ~slots.off[slot] & ~slots.muted[slot] & (room > 0)
         drafts: list[list[int]] = [[] for _ in range(n)]
         if active.any():
             index = np.flatnonzero(active)
-            for i, tokens in zip(index.tolist(), self._propose(slot[index], room[index]), strict=True):
+            found, trees = self._propose(slot[index], room[index])
+            for i, tokens in zip(index.tolist(), found, strict=True):
                 drafts[i] = tokens
+            for i, tree in zip(index.tolist(), trees, strict=True):
+                if tree is not None:
+                    counters.drafted_in_trees += len(tree.tokens)
+                    self.trees[batch.ids[i]] = tree
         return drafts
 
     def end(self, request_ids: Sequence[str]) -> None:
@@ -150,6 +171,10 @@ class Lifecycle:
         for request_id in request_ids:
             if request_id in self._slots.of:
                 self._remove(request_id)
+
+    def mute(self, slot: int) -> None:
+        """Ask for no drafts for the request of ``slot``; to be called while it is admitted."""
+        self._slots.muted[slot] = True
 
     def stats(self) -> dict[str, float]:
         """Counters, and the proposer's own under its name."""
@@ -169,6 +194,8 @@ class Lifecycle:
         self.counters.requests += 1
         try:
             request = admit(row, request_id, slot)
+            self._slots.branching[slot] = request.branching
+            self.counters.requests_with_chains_only += not request.branching
             self._slots.bound[slot] = min(request.max_tokens, np.iinfo(np.int32).max)
             self.proposer.add_request(request)
         except Exception:
@@ -179,6 +206,7 @@ class Lifecycle:
 
     def _remove(self, request_id: str) -> None:
         slot = self._slots.of.pop(request_id)
+        self.trees.pop(request_id, None)
         if not self._slots.off[slot]:
             try:
                 self.proposer.remove_request(slot)
@@ -197,7 +225,7 @@ class Lifecycle:
             if topk is not None:
                 topk = _select_rows(topk, keep)
         lengths, drafted = lengths[keep], batch.drafted[keep]
-        row_tokens, row_offsets, topk_ids, topk_logprobs = topk or (None, None, None, None)
+        row_tokens, row_offsets, row_parents, topk_ids, topk_logprobs = topk or (None,) * 5
         return StepResult(
             slots=slot[keep],
             tokens=np.fromiter(itertools.chain.from_iterable(emitted), np.int32, int(lengths.sum())),
@@ -206,6 +234,7 @@ class Lifecycle:
             num_accepted=np.minimum(drafted, lengths - 1),
             row_tokens=row_tokens,
             row_offsets=row_offsets,
+            row_parents=row_parents,
             topk_ids=topk_ids,
             topk_logprobs=topk_logprobs,
         )
@@ -226,43 +255,33 @@ class Lifecycle:
                     self._turn_off(int(step.slots[i]))
         self.counters.observe_ns += time.perf_counter_ns() - start
 
-    def _propose(self, slots: Int32Array, limits: Int32Array) -> list[list[int]]:
+    def _propose(self, slots: Int32Array, limits: Int32Array) -> tuple[list[list[int]], list[KeptTree | None]]:
         start = time.perf_counter_ns()
         try:
-            drafts = self._chains(self.proposer.propose(slots, limits), limits)
+            drafts, trees = self._ask(slots, limits)
         except Exception:
             self._failed("propose")
-            drafts = [self._propose_one(slots[i : i + 1], limits[i : i + 1]) for i in range(len(slots))]
+            drafts, trees = [], []
+            for i in range(len(slots)):
+                draft, tree = self._propose_one(slots[i : i + 1], limits[i : i + 1])
+                drafts.append(draft)
+                trees.append(tree)
         self.counters.drafted += sum(map(len, drafts))
         self.counters.propose_ns += time.perf_counter_ns() - start
-        return drafts
+        return drafts, trees
 
-    def _propose_one(self, slots: Int32Array, limits: Int32Array) -> list[int]:
+    def _propose_one(self, slots: Int32Array, limits: Int32Array) -> tuple[list[int], KeptTree | None]:
         try:
-            return self._chains(self.proposer.propose(slots, limits), limits)[0]
+            drafts, trees = self._ask(slots, limits)
+            return drafts[0], trees[0]
         except Exception:
             self.counters.errors += 1
             self._turn_off(int(slots[0]))
-            return []
+            return [], None
 
-    def _chains(self, forest: DraftForest, limits: Int32Array) -> list[list[int]]:
-        """The forest's chains as lists, checked: a token outside the vocabulary would crash the engine."""
-        offsets, tokens = forest.offsets, forest.tokens
-        sizes = np.diff(offsets)
-        if len(sizes) != len(limits) or offsets[0] != 0 or offsets[-1] != len(tokens):
-            raise ValueError(
-                f"forest of {len(sizes)} requests and {len(tokens)} nodes does not fit {len(limits)} asked"
-            )
-        if (sizes < 0).any() or (sizes > limits).any():
-            raise ValueError(f"draft lengths {sizes.tolist()} exceed limits {limits.tolist()}")
-        if len(tokens):
-            if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
-                raise ValueError(f"draft token outside the vocabulary of {self.vocab_size}")
-            chain = np.arange(len(tokens), dtype=np.int32) - np.repeat(offsets[:-1], sizes) - 1
-            if not np.array_equal(forest.parents, chain):
-                raise ValueError("this host verifies chains only, and the forest branches")
-        flat, bounds = tokens.tolist(), offsets.tolist()
-        return [flat[a:b] for a, b in itertools.pairwise(bounds)]
+    def _ask(self, slots: Int32Array, limits: Int32Array) -> tuple[list[list[int]], list[KeptTree | None]]:
+        forest = self.proposer.propose(slots, limits)
+        return read_forest(forest, limits, self._slots.branching[slots], self.vocab_size)
 
     def _turn_off(self, slot: int) -> None:
         self.counters.requests_without_drafts += 1
@@ -290,12 +309,12 @@ def _offsets(lengths: Int32Array) -> Int32Array:
     return out
 
 
-def _select_rows(topk: tuple[Any, Any, Any, Any], keep: np.ndarray) -> tuple[Any, Any, Any, Any]:
+def _select_rows(topk: TopK, keep: np.ndarray) -> TopK:
     """The verified rows of the requests in ``keep``."""
-    row_tokens, row_offsets, ids, logprobs = topk
+    row_tokens, row_offsets, row_parents, ids, logprobs = topk
     sizes = np.diff(row_offsets)
     rows = np.repeat(keep, sizes)
-    return row_tokens[rows], _offsets(sizes[keep]), ids[rows], logprobs[rows]
+    return row_tokens[rows], _offsets(sizes[keep]), row_parents[rows], ids[rows], logprobs[rows]
 
 
 def _one(step: StepResult, i: int) -> StepResult:
@@ -303,9 +322,10 @@ def _one(step: StepResult, i: int) -> StepResult:
     keep = np.zeros(len(step.slots), bool)
     keep[i] = True
     a, b = int(step.offsets[i]), int(step.offsets[i + 1])
-    topk: tuple[Any, Any, Any, Any] = (None, None, None, None)
+    topk: TopK = (None,) * 5
     if step.row_offsets is not None:
-        topk = _select_rows((step.row_tokens, step.row_offsets, step.topk_ids, step.topk_logprobs), keep)
+        rows = (step.row_tokens, step.row_offsets, step.row_parents, step.topk_ids, step.topk_logprobs)
+        topk = _select_rows(rows, keep)
     return StepResult(
         step.slots[keep],
         step.tokens[a:b],

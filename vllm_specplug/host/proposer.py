@@ -6,16 +6,19 @@ configuration alone; the runner patches in :mod:`vllm_specplug.host.runner` hand
 
 from __future__ import annotations
 
+import collections
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from vllm_specplug import registry
-from vllm_specplug.host import compat, cpu_sampling, runner
-from vllm_specplug.host.lifecycle import Lifecycle, Rows
+from vllm_specplug.host import compat, cpu_sampling, eligibility, runner, sampling_params, tree_plan, verification
+from vllm_specplug.host.lifecycle import Lifecycle, Rows, TopK
+from vllm_specplug.host.trees import TreeHost
 from vllm_specplug.proposers.base import Int32Array, Request
 
 logger = logging.getLogger("vllm.specplug")
@@ -39,6 +42,7 @@ class HostProposer:
         """
         compat.require()
         runner.install()
+        sampling_params.install_worker()
         cpu_sampling.install()
         user = registry.parse_options(vllm_config.additional_config)
         self.max_draft_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
@@ -46,14 +50,20 @@ class HostProposer:
         inner = self.entry.load()(user.section(self.entry))
         self.lifecycle = Lifecycle(inner, int(vllm_config.model_config.get_vocab_size()))
         self._drafts = user.general.enabled and _reports_to_scheduler(vllm_config.parallel_config)
+        # Before the model's layers are made, which is when they choose their attention.
+        self.trees = TreeHost(vllm_config, self._drafts, user.general.enabled)
         self._topk: tuple[np.ndarray, np.ndarray] | None = None
+        #: Requests that may get no drafts or chains only, by reason.
+        self._restricted: collections.Counter[str] = collections.Counter()
 
     def load_model(self, target_model: Any) -> None:
         """Called once by the runner after it has loaded the target model: compile before the first request."""
+        self.trees.on_model_loaded()
         if not self._drafts:
             return
         start = time.perf_counter()
         self.lifecycle.proposer.warm_up()
+        verification.warm_up()
         logger.info(
             "vllm-specplug: proposer %s is ready (at most %d draft tokens per request and step, warm-up %.1f s).%s",
             self.lifecycle.proposer.name,
@@ -69,12 +79,56 @@ class HostProposer:
             f"plugin? (vLLM {compat.vllm_version()}; run `specplug doctor`)"
         )
 
+    def on_kv_cache(self, runner: Any) -> None:
+        """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
+        self.trees.on_kv_cache(runner)
+
+    def on_inputs(
+        self, runner: Any, scheduler_output: Any, num_scheduled_tokens: Any, spec_decode_metadata: Any
+    ) -> None:
+        """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
+        kept = self.lifecycle.trees
+        self.trees.begin(runner, scheduler_output, num_scheduled_tokens, spec_decode_metadata, kept)
+
+    def row_parents(self, runner: Any, spec_decode_metadata: Any) -> Int32Array | None:
+        """``int32[R]`` parent of each verified row among its request's rows (-1 for its last token), in order of the
+        logits; None if all drafts of the step are chains."""
+        return self.trees.row_parents()
+
+    def after_verify(self, runner: Any, verified: Any) -> None:
+        """To be called once the accepted paths of a step with drafts are known, on every rank."""
+        self.trees.after_verify(verified.paths, verified.lengths)
+
+    def stats(self) -> dict[str, float]:
+        """Every counter, by name."""
+        restricted = {name: float(count) for name, count in self._restricted.items()}
+        return self.lifecycle.stats() | self.trees.stats() | restricted
+
     def on_states_updated(self, scheduler_output: Any) -> None:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
         if scheduler_output.finished_req_ids:
             self.lifecycle.end(list(scheduler_output.finished_req_ids))
 
-    def on_logits(self, runner: Any, logits: Any, spec_decode_metadata: Any) -> None:
+    def verify(self, runner: Any, logits: Any, spec_decode_metadata: Any, original: Callable[..., Any]) -> Any:
+        """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
+        self._keep_topk(logits)
+        holder = runner.input_batch.sampling_metadata.thinking_budget_state_holder
+        if holder is not None:
+            # Requests with a thinking budget get no drafts: theirs are the steps of a server without speculation, and
+            # with this flag vLLM would look for their rows elsewhere in the batch.
+            holder.in_spec_mode = False
+        if spec_decode_metadata is None or not any(spec_decode_metadata.num_draft_tokens):
+            # vLLM 0.32 sends every step of a speculating server through its rejection sampler. Without drafts that only
+            # costs time, and with a top-k and no top-p in the batch it ends the engine on CPUs: ``max()`` of no rows
+            # (v1/sample/ops/topk_topp_sampler.py:apply_top_k_only).
+            return original(runner, logits, None)
+        verified = verification.verify(
+            runner, logits, spec_decode_metadata, self.row_parents(runner, spec_decode_metadata)
+        )
+        self.after_verify(runner, verified)
+        return verified.output
+
+    def _keep_topk(self, logits: Any) -> None:
         """Keep the target's top-k of every verified row, where the proposer asks for it."""
         if not self._drafts or logits is None or not self.lifecycle.proposer.wants_topk:
             return
@@ -122,8 +176,8 @@ class HostProposer:
         sampled_token_ids: list[list[int]],
         verified: Int32Array,
         spec_decode_metadata: Any,
-    ) -> tuple[Any, Any, Any, Any] | None:
-        """What :meth:`on_logits` kept, with the input token of each row, for the requests of ``index``."""
+    ) -> TopK | None:
+        """What :meth:`_keep_topk` kept, with the input token of each row, for the requests of ``index``."""
         if self._topk is None:
             return None
         (ids, logprobs), self._topk = self._topk, None
@@ -141,7 +195,10 @@ class HostProposer:
         keep = np.repeat(mine, sizes)
         offsets = np.zeros(len(index) + 1, np.int32)
         np.cumsum(sizes[index], out=offsets[1:])
-        return tokens[keep], offsets, ids[keep], logprobs[keep]
+        parents = self.trees.row_parents()
+        if parents is None:
+            parents = tree_plan.chain_parents(sizes)
+        return tokens[keep], offsets, parents[keep], ids[keep], logprobs[keep]
 
     def _request(self, runner: Any, row: int, request_id: str, slot: int) -> Request:
         """The engine's request in ``row``, with every token it holds now."""
@@ -157,6 +214,11 @@ class HostProposer:
         bound = self.max_model_len
         if params.max_tokens is not None:
             bound = min(bound, total - num_output + params.max_tokens)
+        shape, reason = eligibility.limits_for(params)
+        if reason:
+            self._restricted[f"{'without_drafts' if shape == 'none' else 'chains_only'}.{reason}"] += 1
+        if shape == "none":
+            self.lifecycle.mute(slot)
         extra = params.extra_args or {}
         lora = state.lora_request.lora_name if state.lora_request is not None else ""
         return Request(
@@ -169,6 +231,7 @@ class HostProposer:
             # Two free-form names: repr keeps ("a", "b") apart from ("a'", ...) spellings that would collide.
             namespace=repr((str(extra.get(TENANT_ARG, "")), lora)),
             group=_sample_group(request_id),
+            branching=self.trees.available and shape == "tree",
             extra_args=extra,
         )
 

@@ -19,11 +19,22 @@ class RunnerHooks(Protocol):
 
     is_specplug: bool
 
+    def on_kv_cache(self, runner: Any) -> None:
+        """The KV cache and the attention layers' metadata builders were made, at start or anew."""
+
     def on_states_updated(self, scheduler_output: Any) -> None:
         """After the runner has applied the scheduler's decision, before the forward pass."""
 
-    def on_logits(self, runner: Any, logits: Any, spec_decode_metadata: Any) -> None:
-        """Before sampling; ``logits`` (``[rows, vocab]``) must not be modified."""
+    def on_inputs(
+        self, runner: Any, scheduler_output: Any, num_scheduled_tokens: Any, spec_decode_metadata: Any
+    ) -> None:
+        """After the runner has filled its input buffers, before it describes them to the attention layers."""
+
+    def verify(
+        self, runner: Any, logits: Any, spec_decode_metadata: Any, original: Callable[..., Any]
+    ) -> Any:
+        """In place of the runner's ``_sample``, whose ``original`` takes ``(runner, logits, spec_decode_metadata)``:
+        vLLM's ``SamplerOutput`` of the step."""
 
     def draft(
         self, runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]], spec_decode_metadata: Any
@@ -71,20 +82,36 @@ def _update_states(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-        """Show the drafter the logits before the sampler changes them in place, and sample a step without drafts as
-        a server without speculation does. The one place where the runner holds the logits of all verified rows.
-
-        vLLM 0.32 sends every step of a speculating server through its rejection sampler. Without drafts that only
-        costs time, and with a top-k and no top-p in the batch it ends the engine on CPUs: ``max()`` of no rows
-        (v1/sample/ops/topk_topp_sampler.py:apply_top_k_only).
-        """
+        """Hand the step's logits to the drafter, in place of vLLM's rejection sampler. The one place where the runner
+        holds the logits of all verified rows, before anything changes them in place but the grammars' masks."""
         if (hooks := _hooks(self)) is not None:
-            hooks.on_logits(self, logits, spec_decode_metadata)
-            if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
-                spec_decode_metadata = None
+            return hooks.verify(self, logits, spec_decode_metadata, original)
         return original(self, logits, spec_decode_metadata)
 
     return _sample
+
+
+def _initialize_kv_cache(original: Callable[..., Any]) -> Callable[..., Any]:
+    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Tell the drafter that the caches are there. Every V1 runner's own method ends up in this one."""
+        result = original(self, *args, **kwargs)
+        if (hooks := _hooks(self)) is not None:
+            hooks.on_kv_cache(self)
+        return result
+
+    return initialize_kv_cache
+
+
+def _prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+        """Let the drafter change the rotary positions of the rows to verify. Cache slots are computed from positions
+        before that, in the original; nothing computes them again."""
+        result = original(self, scheduler_output, num_scheduled_tokens)
+        if (hooks := _hooks(self)) is not None:
+            hooks.on_inputs(self, scheduler_output, num_scheduled_tokens, result[1])
+        return result
+
+    return _prepare_inputs
 
 
 def _input_fits_in_drafter(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,6 +144,8 @@ def _propose_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]
 _METADATA_ARG = 4
 
 _PATCHES: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "initialize_kv_cache": _initialize_kv_cache,
+    "_prepare_inputs": _prepare_inputs,
     "_update_states": _update_states,
     "_sample": _sample,
     "_input_fits_in_drafter": _input_fits_in_drafter,

@@ -1,0 +1,264 @@
+"""Draft trees in vLLM's CPU attention backend.
+
+The backend's three classes are subclassed and registered in their place. A step without trees takes vLLM's own code;
+in a step with trees, :class:`TreeMetadata` instead of vLLM's metadata tells the attention layers so.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import _cached_get_attn_backend
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+from vllm_specplug.host.tree_plan import StepPlan
+from vllm_specplug.kernels import tree_attention_cpu as kernels
+from vllm_specplug.kernels.tree_attention import build_trees
+
+
+class PlanHolder:
+    """Where the metadata builders of one engine find the plan of the step; None in a step without trees."""
+
+    def __init__(self) -> None:
+        self.plan: StepPlan | None = None
+
+
+@dataclass
+class TreeMetadata(cpu_attn.CPUAttentionMetadata):
+    """Metadata of a step with trees.
+
+    Attributes:
+        step: what the trees' kernel needs of the step, the same for all layers.
+        only_trees: no row is left for vLLM's kernel.
+    """
+
+    step: Any = None
+    only_trees: bool = False
+
+
+class TreeMetadataBuilder(cpu_attn.CPUAttentionMetadataBuilder):
+    """Builds :class:`TreeMetadata` where the engine's plan has trees."""
+
+    holder: PlanHolder | None = None
+    layout: Any = None
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """As vLLM's, for the rows that belong to no tree."""
+        plan = self.holder.plan if self.holder is not None else None
+        if plan is None:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        common = common_attn_metadata
+        if common.num_actual_tokens != plan.num_rows:
+            raise RuntimeError(
+                f"vllm-specplug planned draft trees for {plan.num_rows} rows and vLLM runs {common.num_actual_tokens}"
+            )
+        step = kernels.prepare_step(plan.trees, common.block_table_tensor, self.layout)
+        self.slot_mapping = common.slot_mapping
+        if plan.only_trees:
+            return TreeMetadata(
+                num_actual_tokens=common.num_actual_tokens,
+                max_query_len=common.max_query_len,
+                query_start_loc=common.query_start_loc,
+                max_seq_len=common.max_seq_len,
+                seq_lens=common.seq_lens,
+                block_table=common.block_table_tensor,
+                slot_mapping=common.slot_mapping,
+                scheduler_metadata=None,
+                step=step,
+                only_trees=True,
+            )
+        # vLLM's kernel has to run over the trees' rows too, since a step's rows cannot be left out: it is told that
+        # those requests hold nothing but these rows. What it writes there is overwritten.
+        common = copy.copy(common)
+        common.seq_lens = common.seq_lens.clone()
+        common.seq_lens[plan.trees.requests.long()] = plan.trees.sizes
+        stock = super().build(common_prefix_len, common, fast_build)
+        return TreeMetadata(**vars(stock), step=step)
+
+
+class TreeAttentionImpl(cpu_attn.CPUAttentionBackendImpl):
+    """Attends trees with this plugin's kernel and everything else with vLLM's."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See vLLM's; ``query`` and ``output`` are ``[rows, heads, head_size]``."""
+        if type(attn_metadata) is not TreeMetadata:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        if not attn_metadata.only_trees:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        step = attn_metadata.step
+        kernels.tree_attention_cpu(
+            query,
+            *_split(kv_cache),
+            step.block_table,
+            step.trees,
+            output,
+            self.scale,
+            self.sliding_window,
+            step.layout,
+            step,
+        )
+        return output
+
+
+class TreeAttentionBackend(cpu_attn.CPUAttentionBackend):
+    """vLLM's CPU backend with trees."""
+
+    @staticmethod
+    def get_impl_cls() -> type[TreeAttentionImpl]:
+        return TreeAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TreeMetadataBuilder]:
+        return TreeMetadataBuilder
+
+
+def _split(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value cache ``[blocks, kv_heads, block_size, head_size]`` as vLLM's CPU backend slices them."""
+    blocks, kv_heads, block_size, _ = kv_cache.size()
+    key, value = kv_cache.view((blocks, kv_heads, block_size * 2, -1)).chunk(2, dim=2)
+    return key, value
+
+
+def install() -> None:
+    """Let layers made from now on use :class:`TreeAttentionBackend`; :func:`uninstall` it once the model is made.
+
+    Backends are looked up once per configuration and cached, by any engine of the process.
+    """
+    register_backend(
+        AttentionBackendEnum.CPU_ATTN, f"{TreeAttentionBackend.__module__}.{TreeAttentionBackend.__qualname__}"
+    )
+    _cached_get_attn_backend.cache_clear()
+
+
+def uninstall() -> None:
+    """Let layers made from now on use vLLM's own backend again."""
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    _cached_get_attn_backend.cache_clear()
+
+
+class CpuTrees:
+    """Draft trees on the CPU platform: see :class:`vllm_specplug.host.trees.TreeBackend`."""
+
+    def __init__(self) -> None:
+        self.holder = PlanHolder()
+        self._groups: list[tuple[TreeMetadataBuilder, Any]] = []
+
+    def attach(self, runner: Any) -> str:
+        """Prepare for the runner's KV cache, which has just been made."""
+        self._groups = []
+        layers = runner.compilation_config.static_forward_context
+        for group in runner._attn_group_iterator():
+            reason = _group_reason(group, layers)
+            if reason:
+                return reason
+            for builder in group.metadata_builders:
+                found = self._attach_builder(builder, [layers[name] for name in group.layer_names])
+                if found:
+                    return found
+        if not self._groups:
+            return "the model has no attention layers"
+        return ""
+
+    def _attach_builder(self, builder: TreeMetadataBuilder, layers: list[Any]) -> str:
+        cache = layers[0].kv_cache
+        block_size, head_size = cache.shape[2], cache.shape[3] // 2
+        try:
+            builder.layout = kernels.probe_layout(_writer(builder.isa), cache.dtype, block_size, head_size)
+            caches = kernels.prepare_caches([_split(layer.kv_cache) for layer in layers], builder.layout)
+        except ValueError as error:
+            return f"the KV cache's layout is not known ({error})"
+        builder.holder = self.holder
+        self._groups.append((builder, caches))
+        return ""
+
+    def warm_up(self) -> None:
+        """Compile before the first request."""
+        for builder, mover in self._groups:
+            _warm_up_kernel(builder)
+            nothing = np.zeros(0, np.int64)
+            kernels.move_rows(mover, nothing, nothing)
+
+    def set_plan(self, plan: StepPlan | None) -> None:
+        """The plan of the coming forward pass."""
+        self.holder.plan = plan
+
+    def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Move K/V of the step's rows ``sources`` to the places of its rows ``targets``, in all layers."""
+        for builder, mover in self._groups:
+            slots = builder.slot_mapping.numpy()
+            kernels.move_rows(mover, slots[sources], slots[targets])
+
+
+def _warm_up_kernel(builder: TreeMetadataBuilder) -> None:
+    """Attend one small tree in an empty cache."""
+    layout = builder.layout
+    heads, kv_heads = builder.num_heads, builder.num_kv_heads
+    query = torch.zeros(3, heads, layout.head_size, dtype=layout.dtype)
+    cache = torch.zeros(2, kv_heads, layout.block_size, 2 * layout.head_size, dtype=layout.dtype)
+    table = torch.ones(1, 1, dtype=torch.int32)
+    one = np.ones(1, np.int32)
+    trees = build_trees(one - 1, one * 3, one, one - 1, np.array([-1, 0, 0], np.int32))
+    for window in (-1, 2):
+        kernels.tree_attention_cpu(query, *_split(cache), table, trees, torch.empty_like(query), 1.0, window, layout)
+
+
+def _writer(isa: str) -> Callable[..., None]:
+    def write(
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, isa)
+
+    return write
+
+
+def _group_reason(group: Any, layers: dict[str, Any]) -> str:
+    """Why this group of layers cannot attend trees; empty if it can."""
+    names = group.layer_names
+    if any(type(builder) is not TreeMetadataBuilder for builder in group.metadata_builders):
+        return f"layer {names[0]} uses attention of another kind ({group.backend.get_name()})"
+    if type(group.kv_cache_spec) not in (FullAttentionSpec, SlidingWindowSpec):
+        return f"layer {names[0]} has a KV cache of another kind ({type(group.kv_cache_spec).__name__})"
+    if getattr(group, "kernel_block_size", None) is not None:
+        return f"layer {names[0]} has blocks that are split for its kernel"
+    for name in names:
+        impl = layers[name].impl
+        if type(impl) is not TreeAttentionImpl:
+            return f"layer {name} uses attention of another kind ({type(impl).__name__})"
+        if impl.attn_type != AttentionType.DECODER:
+            return f"layer {name} is no decoder attention"
+        for what, there in (
+            ("ALiBi", impl.alibi_slopes is not None),
+            ("a soft cap", bool(impl.logits_soft_cap)),
+            ("attention sinks", impl.sinks is not None),
+            ("an fp8 KV cache", impl.is_fp8_kv_cache),
+            ("another layer's KV cache", impl.kv_sharing_target_layer_name is not None),
+        ):
+            if there:
+                return f"layer {name} uses {what}"
+    return ""

@@ -1,0 +1,188 @@
+"""What one step does with draft trees: whose rows branch, at which depths, and what moves once a path is accepted.
+
+The engine knows lists of draft tokens only. A step's rows are, for each request of the batch, its last token and its
+scheduled draft tokens; this module says which of them hang on which. Imports no vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_specplug.host.forests import KeptTree
+from vllm_specplug.kernels.memory import kernel
+from vllm_specplug.kernels.tree_attention import TreeBatch, build_trees
+from vllm_specplug.proposers.base import Int32Array
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """The trees of one step.
+
+    Attributes:
+        trees: for the attention kernels.
+        row_parents: ``int32[R]`` parent of each verified row among its request's, in the order of the logits.
+        num_rows: rows of the whole step.
+        only_trees: every row of the step belongs to a tree.
+    """
+
+    trees: TreeBatch
+    row_parents: Int32Array
+    num_rows: int
+    only_trees: bool
+
+
+def chain_parents(sizes: Int32Array) -> Int32Array:
+    """``int32[sum(sizes)]``: parents of rows that are all chains, ``sizes`` (``int32[n]``) rows per request."""
+    ends = np.cumsum(sizes, dtype=np.int32)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(-1, total - 1, dtype=np.int32) - np.repeat(ends - sizes, sizes)
+
+
+def row_parents_of(
+    kept: Mapping[str, KeptTree],
+    scheduled: Mapping[str, Sequence[int]],
+    row_of: Mapping[str, int],
+    num_scheduled: Int32Array,
+    sizes: Int32Array,
+) -> Int32Array | None:
+    """How the step's verified rows hang together.
+
+    The engine may have cut a draft, dropped it, or hold another one by now; rows that are not the start of the tree
+    kept for their request are a chain, which is right for any list of tokens.
+
+    Args:
+        kept: the trees that were drafted, by request id.
+        scheduled: the draft tokens the engine verifies in this step, by request id.
+        row_of: batch row of each request id.
+        num_scheduled: ``int32[B]`` tokens each request runs in this step.
+        sizes: ``int32[B]`` verified rows of each request, its draft tokens and one.
+
+    Returns:
+        As :attr:`StepPlan.row_parents`; None if nothing branches.
+    """
+    found: list[tuple[int, Int32Array]] = []
+    for request_id, tree in kept.items():
+        tokens = scheduled.get(request_id)
+        if tokens is None or len(tokens) <= tree.chain:
+            continue
+        row, size = row_of[request_id], len(tokens)
+        if num_scheduled[row] == size + 1 and tree.tokens[:size] == list(tokens):
+            found.append((row, tree.parents[:size]))
+    if not found:
+        return None
+    parents = chain_parents(sizes)
+    starts = np.cumsum(sizes) - sizes
+    for row, nodes in found:
+        first = int(starts[row]) + 1
+        np.add(nodes, 1, out=parents[first : first + len(nodes)])
+    return parents
+
+
+@kernel
+def _find(row_parents, sizes, ends, computed, starts, tree_sizes, contexts, requests, parents):  # type: ignore[no-untyped-def]
+    """Fill the last five arrays with the requests whose rows branch; ``(trees, rows of trees)``."""
+    count, rows, base = 0, 0, 0
+    for i in range(len(sizes)):
+        size = sizes[i]
+        branches = False
+        for m in range(1, size):
+            if row_parents[base + m] != m - 1:
+                branches = True
+                break
+        if branches:
+            starts[count] = ends[i] - size
+            tree_sizes[count] = size
+            contexts[count] = computed[i]
+            requests[count] = i
+            for m in range(size):
+                parents[rows + m] = row_parents[base + m]
+            count += 1
+            rows += size
+        base += size
+    return count, rows
+
+
+@kernel
+def _place(starts, sizes, contexts, depths, positions):  # type: ignore[no-untyped-def]
+    base = 0
+    for i in range(len(starts)):
+        for m in range(sizes[i]):
+            positions[starts[i] + m] = contexts[i] + depths[base + m]
+        base += sizes[i]
+
+
+def make_plan(
+    row_parents: Int32Array, sizes: Int32Array, ends: Int32Array, computed: Int32Array, positions: np.ndarray
+) -> StepPlan | None:
+    """The step's plan; writes the trees' rotary positions.
+
+    Args:
+        row_parents: see :class:`StepPlan`.
+        sizes: ``int32[B]`` verified rows of each request.
+        ends: ``int32[B]`` row after the last of each request; the verified rows are its last ones.
+        computed: ``int32[B]`` tokens of each request in the cache.
+        positions: ``int64[rows]``, changed in place for rows of trees.
+
+    Returns:
+        None if nothing branches.
+    """
+    n, total = len(sizes), len(row_parents)
+    heads = np.empty((4, n), np.int32)
+    parents = np.empty(total, np.int32)
+    starts, tree_sizes, contexts, requests = heads
+    count, rows = _find(row_parents, sizes, ends, computed, starts, tree_sizes, contexts, requests, parents)
+    if not count:
+        return None
+    trees = build_trees(starts[:count], tree_sizes[:count], contexts[:count], requests[:count], parents[:rows])
+    _place(starts[:count], tree_sizes[:count], contexts[:count], trees.depths.numpy(), positions)
+    num_rows = int(ends[-1])
+    return StepPlan(trees, row_parents, num_rows, rows == num_rows)
+
+
+@kernel
+def _moves(starts, requests, paths, lengths, sources, targets):  # type: ignore[no-untyped-def]
+    """Rows whose K/V must move, and where to; how many, and the rows accepted in trees."""
+    count, accepted = 0, 0
+    for i in range(len(starts)):
+        request = requests[i]
+        accepted += lengths[request] - 1
+        for k in range(lengths[request]):
+            row = paths[request, k]
+            if row != k:
+                sources[count] = starts[i] + row
+                targets[count] = starts[i] + k
+                count += 1
+    return count, accepted
+
+
+def accepted_moves(plan: StepPlan, paths: Int32Array, lengths: Int32Array) -> tuple[np.ndarray, np.ndarray, int]:
+    """The moves that put accepted rows of trees behind one another.
+
+    A path's rows rise, so row ``paths[i, k]`` is never before ``k``: done in order, no move overwrites a later source.
+
+    Args:
+        plan: of the step.
+        paths: ``int32[B, L]`` the row, within its request, that emitted the k-th token.
+        lengths: ``int32[B]`` tokens emitted.
+
+    Returns:
+        Rows of the step to move (``int64[m]``), rows whose places they take (``int64[m]``), how many draft tokens of
+        trees were accepted.
+    """
+    trees = plan.trees
+    sources, targets = np.empty((2, len(trees.depths)), np.int64)
+    starts, requests = trees.starts.numpy(), trees.requests.numpy()
+    count, accepted = _moves(starts, requests, np.ascontiguousarray(paths), lengths, sources, targets)
+    return sources[:count], targets[:count], int(accepted)
+
+
+def warm_up() -> None:
+    """Compile before the first request."""
+    one = np.ones(1, np.int32)
+    sizes = one * 3
+    plan = make_plan(np.array([-1, 0, 0], np.int32), sizes, sizes, one, np.zeros(3, np.int64))
+    assert plan is not None
+    accepted_moves(plan, np.array([[0, 2]], np.int32), one * 2)
