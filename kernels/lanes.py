@@ -286,21 +286,28 @@ def row_gather(typingctx, kind, source, table, target, vectors, run):  # type: i
 
 
 @intrinsic
+def row_hide(typingctx, row, bytes_, vectors):  # type: ignore[no-untyped-def]
+    """Put minus infinity into a float32 row wherever ``bytes_``, as many bytes as the row has elements, are 0."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        row, bytes_, vectors = args
+        with cgutils.for_range(builder, vectors) as loop:
+            place = _add(builder, row, loop.index, LANES * 4)
+            seen = _load(builder, _add(builder, bytes_, loop.index, LANES), ir.IntType(8), LANES, 1)
+            values = _read(builder, types.float32, place)
+            empty = builder.icmp_unsigned("==", seen, ir.Constant(seen.type, [0] * LANES))
+            _write(builder, types.float32, builder.select(empty, _constant(-np.inf), values), place)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def load_wide(typingctx, address, index):  # type: ignore[no-untyped-def]
     """The int64 at ``address + 8 * index``."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.load(_at(builder, _add(builder, args[0], args[1], 8), I64))
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def load_byte(typingctx, address, index):  # type: ignore[no-untyped-def]
-    """The uint8 at ``address + index``."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.zext(builder.load(_at(builder, builder.add(*args), ir.IntType(8))), I64)
 
     return types.int64(types.int64, types.int64), codegen
 

@@ -46,7 +46,7 @@ QUERY_ROW, QUERY_HEAD, OUT_ROW, OUT_HEAD, KEY_BLOCK, KEY_HEAD, VALUE_BLOCK, VALU
 HEADS, KV_HEADS, WINDOW = range(12, 15)
 HEAD_SIZE, BLOCK_SIZE, ELEMENT, KEYS_IN_PLACE, VALUES_IN_PLACE = range(15, 20)
 KEY_TABLE, VALUE_TABLE, KEY_RUN, VALUE_RUN, KEY_STRIDE = range(20, 25)
-TREES, STARTS, SIZES, CONTEXTS, REQUESTS, VISIBLE, VISIBLE_ROW, TABLE, TABLE_ROW = range(25, 34)
+TREES, STARTS, SIZES, CONTEXTS, REQUESTS, DEPTHS, VISIBLE, VISIBLE_ROW, TABLE, TABLE_ROW = range(25, 35)
 WORDS = 40
 _LAYER = struct.Struct("=15q")
 
@@ -193,6 +193,7 @@ class PreparedStep:
     block_table: torch.Tensor
     layout: CacheLayout
     call: Int64Array
+    visible: npt.NDArray[np.uint8]
     address: int
 
 
@@ -205,13 +206,15 @@ def prepare_step(trees: TreeBatch, block_table: torch.Tensor, layout: CacheLayou
     check_trees(trees, block_table, layout.block_size)
     call = np.zeros(WORDS, np.int64)
     call[HEAD_SIZE:TREES] = layout.words
-    starts, sizes, contexts, requests = (t.data_ptr() for t in trees[:4])
-    visible, table = trees.visible, block_table
+    # A mask is read a vector at a time, from any place on, up to the end of the vector that the last slot is in.
+    rows, width = trees.visible.shape
+    visible = np.zeros((rows, width + 2 * LANES), np.uint8)
+    visible[:, :width] = trees.visible.numpy()
     call[TREES : TABLE_ROW + 1] = (
-        *(len(trees.starts), starts, sizes, contexts, requests, visible.data_ptr()),
-        *(visible.stride(0) if len(visible) else 0, table.data_ptr(), table.stride(0) * 4),
+        *(len(trees.starts), *(t.data_ptr() for t in trees[:5]), visible.ctypes.data),
+        *(visible.strides[0], block_table.data_ptr(), block_table.stride(0) * 4),
     )
-    return PreparedStep(trees, block_table, layout, call, call.ctypes.data)
+    return PreparedStep(trees, block_table, layout, call, visible, call.ctypes.data)
 
 
 def tree_attention_cpu(
@@ -300,38 +303,30 @@ def _multiply(kind, a, lda, b, ldb, element, c, ldc, rows, vectors, depth, keep)
 
 
 @kernel
-def _mask(call, scores, row_bytes, panel, columns, context, visible, first, rows, group, window):  # type: ignore[no-untyped-def]
+def _mask(call, scores, row_bytes, panel, columns, context, base, first, rows, group, window):  # type: ignore[no-untyped-def]
     """Hide from each query of rows ``first`` to ``first + rows`` what it may not see of the panel's columns.
 
-    ``visible`` is the address of the tree's first row; column ``j`` is cache slot ``panel + j``, and so tree row
-    ``panel + j - context`` from the context's end on. A row sees itself: its depth is its visible rows less one.
+    ``base`` is the tree's first row among all trees'; column ``j`` is cache slot ``panel + j``, and so tree row
+    ``panel + j - context`` from the context's end on.
     """
     hidden = np.float32(-np.inf)
+    depths = lanes.load_wide(call, DEPTHS) + base * 4
     pitch = lanes.load_wide(call, VISIBLE_ROW)
-    for r in range(rows):
-        row = visible + (first + r) * pitch
-        position = context - 1
-        if window >= 0:
-            for m in range(first + r + 1):
-                position += lanes.load_byte(row, m)
-        lowest = position - window + 1 if window >= 0 else 0
+    visible = lanes.load_wide(call, VISIBLE) + base * pitch
+    begin = max(0, context - panel)
+    vectors = (columns - begin + LANES - 1) // LANES
+    for r in range(first, first + rows):
+        line = scores + (r - first) * group * row_bytes
+        seen = visible + r * pitch + panel + begin - context
         for g in range(group):
-            line = scores + (r * group + g) * row_bytes
-            for j in range(min(columns, lowest - panel, context - panel)):
-                lanes.store_number(line, j, hidden)
-        at = context - 1
-        for j in range(max(0, context - panel), columns):
-            m = panel + j - context
-            seen = m <= first + r and lanes.load_byte(row, m) != 0
-            if seen and window >= 0:
-                # Ancestors come in the order of their depths.
-                at = context - 1
-                for k in range(m + 1):
-                    at += lanes.load_byte(row, k)
-                seen = at >= lowest
-            if not seen:
-                for g in range(group):
-                    lanes.store_number(scores + (r * group + g) * row_bytes, j, hidden)
+            lanes.row_hide(line + g * row_bytes + begin * 4, seen, vectors)
+        if window >= 0:
+            lowest = context + load(depths, r) - window + 1
+            for j in range(min(columns, lowest - panel)):
+                m = panel + j - context
+                if m < 0 or (m <= r and context + load(depths, m) < lowest):
+                    for g in range(group):
+                        lanes.store_number(line + g * row_bytes, j, hidden)
 
 
 @kernel
@@ -351,7 +346,6 @@ def _attend(kind, call, scratch, scale, tree, base, head, first, rows):  # type:
     context = load(lanes.load_wide(call, CONTEXTS), tree)
     request = load(lanes.load_wide(call, REQUESTS), tree)
     table = lanes.load_wide(call, TABLE) + request * lanes.load_wide(call, TABLE_ROW)
-    visible = lanes.load_wide(call, VISIBLE) + base * lanes.load_wide(call, VISIBLE_ROW)
     keys_at = lanes.load_wide(call, KEY) + head * lanes.load_wide(call, KEY_HEAD)
     values_at = lanes.load_wide(call, VALUE) + head * lanes.load_wide(call, VALUE_HEAD)
     key_block = lanes.load_wide(call, KEY_BLOCK)
@@ -408,7 +402,7 @@ def _attend(kind, call, scratch, scale, tree, base, head, first, rows):  # type:
                 )  # fmt: skip
         padded = (columns + LANES - 1) // LANES
         if panel + padded * LANES > context or window >= 0:
-            _mask(call, scores, row_bytes, panel, padded * LANES, context, visible, first, rows, group, window)
+            _mask(call, scores, row_bytes, panel, padded * LANES, context, base, first, rows, group, window)
         for q in range(queries):
             line = scores + q * row_bytes
             before = lanes.load_number(maxima, q)
