@@ -322,7 +322,8 @@ def _mask(call, scores, row_bytes, panel, columns, context, base, first, rows, g
             lanes.row_hide(line + g * row_bytes + begin * 4, seen, vectors)
         if window >= 0:
             lowest = context + load(depths, r) - window + 1
-            for j in range(min(columns, lowest - panel)):
+            # A row's slot may lie above ``lowest`` while its position, which a tree's other branches share, does not.
+            for j in range(min(columns, lowest - panel) if lowest <= context else columns):
                 m = panel + j - context
                 if m < 0 or (m <= r and context + load(depths, m) < lowest):
                     for g in range(group):
