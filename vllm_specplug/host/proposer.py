@@ -112,11 +112,7 @@ class HostProposer:
     def verify(self, runner: Any, logits: Any, spec_decode_metadata: Any, original: Callable[..., Any]) -> Any:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
         self._keep_topk(logits)
-        holder = runner.input_batch.sampling_metadata.thinking_budget_state_holder
-        if holder is not None:
-            # Requests with a thinking budget get no drafts: theirs are the steps of a server without speculation, and
-            # with this flag vLLM would look for their rows elsewhere in the batch.
-            holder.in_spec_mode = False
+        verification.sample_plainly(runner.input_batch.sampling_metadata)
         if spec_decode_metadata is None or not any(spec_decode_metadata.num_draft_tokens):
             # vLLM 0.32 sends every step of a speculating server through its rejection sampler. Without drafts that only
             # costs time, and with a top-k and no top-p in the batch it ends the engine on CPUs: ``max()`` of no rows

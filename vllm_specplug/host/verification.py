@@ -75,6 +75,17 @@ def warm_up() -> None:
         )
 
 
+def sample_plainly(metadata: Any) -> None:
+    """Make a step's sampler calls those of a server without speculation.
+
+    vLLM's keeper of thinking budgets looks for a request's row elsewhere in the batch where the server speculates. Here
+    requests with a budget get no drafts (see :mod:`vllm_specplug.host.eligibility`), and each has the row of its number.
+    """
+    holder = metadata.thinking_budget_state_holder
+    if holder is not None:
+        holder.in_spec_mode = False
+
+
 def verify(runner: Any, logits: torch.Tensor, spec_decode_metadata: Any, row_parents: Int32Array | None) -> Verified:
     """Emit the tokens of a step that has drafts.
 
