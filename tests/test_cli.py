@@ -104,7 +104,8 @@ def test_doctor_where_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "yes speculation (chains): --spec-model" in text
     assert "vllm_specplug.Retrieval" in text
-    for later in ("draft trees", "sparse verification", "GPU kernels"):
+    assert "yes draft trees:" in text
+    for later in ("sparse verification", "GPU kernels"):
         assert f"no  {later}: not in this version" in text
 
 
@@ -114,6 +115,17 @@ def test_doctor_names_a_missing_symbol(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(doctor, "_host", lambda: {"level": "untested", "message": "vLLM 0.99", "symbols": symbols})
     assert main.main(["doctor", "--json"]) == 1
     assert "vllm.moved.Thing" in json.loads(capsys.readouterr().out)["features"][0]["why"]
+
+
+@pytest.mark.usefixtures("healthy")
+def test_doctor_says_when_only_trees_are_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    symbols = [{"name": "vllm.moved.Thing", "found": False, "detail": "gone", "required": False}]
+    monkeypatch.setattr(doctor, "_host", lambda: {"level": "supported", "message": "vLLM 0.32", "symbols": symbols})
+    assert main.main(["doctor", "--json"]) == 0
+    trees = next(f for f in json.loads(capsys.readouterr().out)["features"] if f["name"] == "draft trees")
+    assert not trees["works"] and "vllm.moved.Thing" in trees["why"]
 
 
 @pytest.mark.usefixtures("healthy")

@@ -61,6 +61,15 @@ def test_missing_symbol_refuses_and_is_named(monkeypatch, symbol, words):
         assert word in str(caught.value)
 
 
+def test_a_missing_symbol_of_trees_costs_trees_only(monkeypatch):
+    monkeypatch.setattr(compat, "vllm_version", lambda: "0.40.0")
+    assert compat.missing_for_trees() == []
+    gone = compat.Symbol("vllm.v1.gone", "Thing", (), "draft trees", required=False)
+    monkeypatch.setattr(compat, "SYMBOLS", (*compat.SYMBOLS, gone))
+    assert compat.support_status()[0] == "untested"
+    assert compat.missing_for_trees() == ["vllm.v1.gone.Thing"]
+
+
 def test_no_vllm_at_all(monkeypatch):
     monkeypatch.setattr(compat, "vllm_version", lambda: None)
     assert compat.support_status() == ("unsupported", "vLLM is not installed: no module named vllm")

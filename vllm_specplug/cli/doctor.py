@@ -56,7 +56,7 @@ def examine() -> dict[str, Any]:
         _chains(host, plugin, proposers),
         _serve_command(),
         _transformers(),
-        Feature("draft trees", False, "not in this version: drafts are chains"),
+        _trees(host),
         Feature("sparse verification", False, "not in this version: every row is verified exactly"),
         Feature("GPU kernels", False, "not in this version: drafting runs on the CPU"),
     ]
@@ -85,7 +85,7 @@ def _host() -> dict[str, Any]:
         from vllm_specplug.host import compat
 
         level, message = compat.support_status()
-        symbols = [{"name": p.name, "found": p.found, "detail": p.detail} for p in compat.probe()]
+        symbols = [asdict(p) for p in compat.probe()]
     except Exception as error:
         return {"level": "unsupported", "message": f"vLLM cannot be examined: {describe_error(error)}", "symbols": []}
     return {"level": level, "message": message, "symbols": symbols}
@@ -123,7 +123,7 @@ def _proposers() -> list[dict[str, Any]]:
 
 
 def _chains(host: dict[str, Any], plugin: dict[str, Any], proposers: list[dict[str, Any]]) -> Feature:
-    missing = [s["name"] for s in host["symbols"] if not s["found"]]
+    missing = [s["name"] for s in host["symbols"] if s.get("required", True) and not s["found"]]
     usable = [p["name"] for p in proposers if p["error"] is None]
     if host["level"] == "unsupported":
         why = host["message"]
@@ -137,6 +137,23 @@ def _chains(host: dict[str, Any], plugin: dict[str, Any], proposers: list[dict[s
         names = ", ".join(f"vllm_specplug.{name}" for name in usable)
         return Feature("speculation (chains)", True, f"--spec-model {names} --spec-tokens K")
     return Feature("speculation (chains)", False, why)
+
+
+def _trees(host: dict[str, Any]) -> Feature:
+    """Whether trees can be verified also depends on the model and the server's settings; the server's log says."""
+    missing = [s["name"] for s in host["symbols"] if not s["found"]]
+    device = _attempt(lambda: environment.compute_platform()["device"], None)
+    if host["level"] == "unsupported":
+        return Feature("draft trees", False, host["message"])
+    if missing:
+        return Feature("draft trees", False, "this vLLM lacks " + ", ".join(missing))
+    if device != "cpu":
+        return Feature(
+            "draft trees", False, f"on CPUs only in this version, and vLLM runs on {device or 'nothing'} here"
+        )
+    return Feature(
+        "draft trees", True, "for models with ordinary attention; else drafts are chains, and the log says why"
+    )
 
 
 def _serve_command() -> Feature:

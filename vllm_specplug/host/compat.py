@@ -28,12 +28,14 @@ class Symbol:
         module, name: where it is; ``name`` may be dotted.
         needs: parameter names (of a function) or field names (of a dataclass) it must have.
         used_for: what stops working without it.
+        required: False if the plugin works without it, less what it is used for.
     """
 
     module: str
     name: str
     needs: tuple[str, ...]
     used_for: str
+    required: bool = True
 
     @property
     def path(self) -> str:
@@ -41,6 +43,17 @@ class Symbol:
 
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
+_CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
+_METADATA_FIELDS = (
+    "num_actual_tokens",
+    "max_query_len",
+    "query_start_loc",
+    "max_seq_len",
+    "seq_lens",
+    "slot_mapping",
+    "block_table",
+    "scheduler_metadata",
+)
 
 SYMBOLS = (
     Symbol("vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("parser",), "the older flag names"),
@@ -61,6 +74,13 @@ SYMBOLS = (
     ),
     Symbol(_RUNNER, "GPUModelRunner._input_fits_in_drafter", ("common_attn_metadata",), "drafting near max_model_len"),
     Symbol(_RUNNER, "GPUModelRunner._update_states", ("scheduler_output",), "freeing ended requests"),
+    Symbol(_RUNNER, "GPUModelRunner.initialize_kv_cache", ("kv_cache_config",), "draft trees"),
+    Symbol(
+        _RUNNER,
+        "GPUModelRunner._prepare_inputs",
+        ("scheduler_output", "num_scheduled_tokens"),
+        "draft trees' positions",
+    ),
     Symbol(_RUNNER, "GPUModelRunner._sample", ("logits", "spec_decode_metadata"), "proposers that need the top-k"),
     Symbol(
         "vllm.v1.worker.gpu_input_batch",
@@ -69,8 +89,48 @@ SYMBOLS = (
         "request lifetimes",
     ),
     Symbol("vllm.v1.worker.gpu_input_batch", "InputBatch.req_ids", (), "request lifetimes"),
-    Symbol("vllm.v1.core.sched.output", "SchedulerOutput", ("finished_req_ids",), "freeing ended requests"),
+    Symbol(
+        "vllm.v1.core.sched.output",
+        "SchedulerOutput",
+        ("finished_req_ids", "scheduled_spec_decode_tokens"),
+        "freeing ended requests, draft trees",
+    ),
     Symbol("vllm.v1.spec_decode.metadata", "SpecDecodeMetadata", ("num_draft_tokens", "draft_token_ids"), "acceptance"),
+    *(
+        Symbol(module, name, needs, "draft trees on CPUs", required=False)
+        for module, name, needs in (
+            (_RUNNER, "GPUModelRunner._attn_group_iterator", ()),
+            ("vllm.v1.attention.backends.registry", "register_backend", ("backend", "class_path")),
+            ("vllm.v1.attention.backends.registry", "AttentionBackendEnum.CPU_ATTN.clear_override", ()),
+            ("vllm.v1.attention.selector", "_cached_get_attn_backend.cache_clear", ()),
+            (_CPU_ATTENTION, "CPUAttentionBackend.get_impl_cls", ()),
+            (_CPU_ATTENTION, "CPUAttentionBackend.get_builder_cls", ()),
+            (_CPU_ATTENTION, "CPUAttentionMetadata", _METADATA_FIELDS),
+            (
+                _CPU_ATTENTION,
+                "CPUAttentionMetadataBuilder.build",
+                ("common_prefix_len", "common_attn_metadata", "fast_build"),
+            ),
+            (
+                _CPU_ATTENTION,
+                "CPUAttentionBackendImpl.forward",
+                ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+            ),
+            (
+                "vllm.v1.attention.backend",
+                "CommonAttentionMetadata",
+                (*_METADATA_FIELDS[:-2], "block_table_tensor"),
+            ),
+            (
+                "vllm._custom_ops",
+                "cpu_attn_reshape_and_cache",
+                ("key", "value", "key_cache", "value_cache", "slot_mapping", "isa"),
+            ),
+            ("vllm.v1.kv_cache_interface", "FullAttentionSpec", ()),
+            ("vllm.v1.kv_cache_interface", "SlidingWindowSpec", ()),
+            ("vllm.distributed.parallel_state", "get_tp_group", ()),
+        )
+    ),
 )
 
 
@@ -81,6 +141,7 @@ class Probe:
     name: str
     found: bool
     detail: str
+    required: bool = True
 
 
 def _names_of(symbol: Any) -> set[str]:
@@ -99,16 +160,23 @@ def probe_symbol(symbol: Symbol) -> Probe:
         for part in symbol.name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        return Probe(symbol.path, False, f"not found ({error}); needed for {symbol.used_for}")
-    missing = sorted(set(symbol.needs) - _names_of(found))
+        return Probe(symbol.path, False, f"not found ({error}); needed for {symbol.used_for}", symbol.required)
+    missing = sorted(set(symbol.needs) - _names_of(found)) if symbol.needs else []
     if missing:
-        return Probe(symbol.path, False, f"lacks {', '.join(missing)}; needed for {symbol.used_for}")
-    return Probe(symbol.path, True, symbol.used_for)
+        detail = f"lacks {', '.join(missing)}; needed for {symbol.used_for}"
+        return Probe(symbol.path, False, detail, symbol.required)
+    return Probe(symbol.path, True, symbol.used_for, symbol.required)
 
 
 def probe() -> list[Probe]:
     """Look every symbol up. Imports vLLM; initialises no accelerator."""
     return [probe_symbol(symbol) for symbol in SYMBOLS]
+
+
+def missing_for_trees() -> list[str]:
+    """What the installed vLLM lacks for draft trees; without it drafts are chains."""
+    probes = (probe_symbol(symbol) for symbol in SYMBOLS if not symbol.required)
+    return [p.name for p in probes if not p.found]
 
 
 def vllm_version() -> str | None:
@@ -139,7 +207,7 @@ def support_status() -> tuple[str, str]:
         return "unsupported", "vLLM is not installed: no module named vllm"
     if _is_supported(version):
         return "supported", f"vLLM {version} is supported ({supported_range()})"
-    missing = [p for p in probe() if not p.found]
+    missing = [p for p in probe() if p.required and not p.found]
     if missing:
         return "unsupported", (
             f"vLLM {version} is not supported (supported: {supported_range()}): "

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vllm_specplug.host import forests, tree_plan
+from vllm_specplug.host import compat, forests, tree_plan
 from vllm_specplug.host.forests import KeptTree
 from vllm_specplug.host.tree_plan import StepPlan
 from vllm_specplug.proposers.base import Int32Array
@@ -84,11 +84,12 @@ class TreeHost:
         if not current_platform.is_cpu():
             self.reason = f"there is no tree attention for {current_platform.device_name} yet"
             return
-        try:
-            from vllm_specplug.host import cpu_attention
-        except ImportError as error:
-            self.reason = f"this vLLM's CPU attention is not the one known here ({error})"
+        missing = compat.missing_for_trees()
+        if missing:
+            self.reason = f"this vLLM lacks {', '.join(missing)}"
             return
+        from vllm_specplug.host import cpu_attention
+
         cpu_attention.install()
         self.backend = cpu_attention.CpuTrees()
         self.reason = "the model is being loaded"
