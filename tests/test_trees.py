@@ -209,6 +209,67 @@ def test_end_of_the_context(tiny, short, plain):
         assert_sound(llm)
 
 
+def make_other_model(path, kind):
+    """Tiny models with random weights whose attention is not the plain one."""
+    import torch
+    from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        MistralConfig,
+        MistralForCausalLM,
+    )
+
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "sliding_window": 40,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    torch.manual_seed(0)
+    mixed = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = {
+        "window": lambda: MistralForCausalLM(MistralConfig(**sizes)),
+        "window and full": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**sizes, layer_types=mixed)),
+        "soft cap": lambda: Gemma2ForCausalLM(Gemma2Config(**sizes, layer_types=mixed)),
+    }[kind]()
+    if kind == "window":
+        with torch.no_grad():
+            model.lm_head.weight.normal_(0.0, 0.3)  # Gemma's is its embedding, which would repeat the input then
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["window", "window and full", "soft cap"])
+def test_other_attention(tmp_path, short, kind):
+    """Sliding windows shorter than the text, alone and beside layers without (two KV cache groups); a soft cap, which
+    the tree kernel does not know: chains, and the reason is told."""
+    model = make_other_model(tmp_path / "model", kind)
+    with engine(model, **SETTINGS) as llm:
+        want = generate(llm, short, 100)
+    assert len({tuple(w) for w in want}) == len(short) and sum(len(set(w)) for w in want) > 5 * len(short)
+    with engine(model, tree_proposers.speculative(24), **SETTINGS) as llm:
+        assert generate(llm, short, 100, want) == want
+        counters = lifecycle_of(llm).counters
+        assert counters.accepted > 200
+        if kind == "soft cap":
+            assert trees_of(llm).reason.endswith("uses a soft cap")
+            assert counters.requests_with_chains_only == counters.requests == len(short)
+            assert (counters.errors, trees_of(llm).counters.tree_steps) == (0, 0)
+        else:
+            assert_sound(llm)
+            assert trees_of(llm).counters.rows_moved > 100
+
+
 def test_compiled(tiny, short, plain):
     with engine(tiny, tree_proposers.speculative(16), **SETTINGS, enforce_eager=False) as llm:
         assert generate(llm, short, 100, plain) == [o[:100] for o in plain]
