@@ -72,6 +72,9 @@ def params_of(kind: str) -> list:
         "logprobs": [greedy(logprobs=3), greedy(), greedy(logprobs=1, presence_penalty=0.5), sampled(4, logprobs=5)],
         "named logprobs": [greedy(logprob_token_ids=[1, 5]), greedy(), greedy(logprob_token_ids=[2, 3, 9])],
     }
+    # One parameter at a time: what only it needs.
+    batches |= {f"greedy {i}": [p, greedy()] for i, p in enumerate(batches["greedy"])}
+    batches["greedy logprobs"] = [greedy(logprobs=2), greedy()]
     batches["all"] = batches["greedy"] + batches["seeded"] + batches["logprobs"]
     return batches[kind]
 
@@ -225,7 +228,10 @@ LENGTH = 30
 
 @pytest.mark.parametrize("branching", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize(
-    "kind", ["argmax", "greedy", "seeded", "seeded without processors", "logprobs", "named logprobs", "all"]
+    "kind",
+    ["argmax", "greedy", "seeded", "seeded without processors", "logprobs", "named logprobs", "all"]
+    + [f"greedy {i}" for i in range(8)]
+    + ["greedy logprobs"],
 )
 def test_decoding_with_trees_equals_decoding_without(kind, branching):
     if mixes(kind):
