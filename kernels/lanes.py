@@ -233,7 +233,7 @@ def row_copy(typingctx, read_kind, source, write_kind, target, vectors, factor):
 
 @intrinsic
 def row_gather(typingctx, kind, source, table, target, vectors, run):  # type: ignore[no-untyped-def]
-    """``target[i] = source[table[i]]`` as float32; ``table`` is int32.
+    """``target[i] = source[table[i]]``, elements of one kind; ``table`` is int32.
 
     ``run`` says what is known of the table: 1 if each vector's elements lie side by side, 2 if every second one does
     (and an even number of elements ends the source), 0 if nothing.
@@ -242,6 +242,8 @@ def row_gather(typingctx, kind, source, table, target, vectors, run):  # type: i
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         _, source, table, target, vectors, run = args
         width = _width(kind)
+        word = ir.IntType(8 * width)
+        several = ir.VectorType(word, LANES)
         known = builder.icmp_signed("!=", run, ir.Constant(I64, 0))
         paired = builder.icmp_signed("==", run, ir.Constant(I64, 2))
 
@@ -251,17 +253,12 @@ def row_gather(typingctx, kind, source, table, target, vectors, run):  # type: i
         with builder.if_else(known) as (fast, slow):
             with fast, cgutils.for_range(builder, vectors) as loop:
                 first = offset(builder.mul(loop.index, ir.Constant(I64, LANES)))
-                place = _add(builder, target, loop.index, LANES * 4)
+                place = _at(builder, _add(builder, target, loop.index, LANES * width), several)
                 with builder.if_else(paired) as (pairs, single):
                     with pairs:
                         odd = builder.and_(first, ir.Constant(I64, 1))
-                        both = _load(
-                            builder,
-                            _add(builder, source, builder.sub(first, odd), width),
-                            _memory(kind),
-                            2 * LANES,
-                            width,
-                        )
+                        even = _add(builder, source, builder.sub(first, odd), width)
+                        both = _load(builder, even, word, 2 * LANES, width)
                         lanes = [
                             builder.shuffle_vector(
                                 both, both, ir.Constant(ir.VectorType(I32, LANES), list(range(half, 2 * LANES, 2)))
@@ -269,17 +266,13 @@ def row_gather(typingctx, kind, source, table, target, vectors, run):  # type: i
                             for half in (0, 1)
                         ]
                         chosen = builder.select(builder.trunc(odd, ir.IntType(1)), lanes[1], lanes[0])
-                        _write(builder, types.float32, _floats(builder, kind, chosen, LANES), place)
+                        builder.store(chosen, place, align=width)
                     with single:
-                        values = _read(builder, kind, _add(builder, source, first, width))
-                        _write(builder, types.float32, values, place)
+                        values = _load(builder, _add(builder, source, first, width), word, LANES, width)
+                        builder.store(values, place, align=width)
             with slow, cgutils.for_range(builder, builder.mul(vectors, ir.Constant(I64, LANES))) as loop:
-                element = builder.load(
-                    _at(builder, _add(builder, source, offset(loop.index), width), ir.VectorType(_memory(kind), 1)),
-                    align=width,
-                )
-                value = builder.extract_element(_floats(builder, kind, element, 1), ir.Constant(I32, 0))
-                builder.store(value, _at(builder, _add(builder, target, loop.index, 4), F32))
+                value = builder.load(_at(builder, _add(builder, source, offset(loop.index), width), word))
+                builder.store(value, _at(builder, _add(builder, target, loop.index, width), word))
         return context.get_dummy_value()
 
     return types.void(kind, *[types.int64] * 5), codegen
@@ -308,6 +301,17 @@ def load_wide(typingctx, address, index):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.load(_at(builder, _add(builder, args[0], args[1], 8), I64))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def take_number(typingctx, address, index):  # type: ignore[no-untyped-def]
+    """Add 1 to the int64 at ``address + 8 * index`` and return what it was, atomically."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        place = _at(builder, _add(builder, args[0], args[1], 8), I64)
+        return builder.atomic_rmw("add", place, ir.Constant(I64, 1), "monotonic")
 
     return types.int64(types.int64, types.int64), codegen
 

@@ -11,23 +11,27 @@ a panel of blocks; the panel's scores become weights with a running maximum; the
 Both products are the same register tile (see `lanes`), which converts the cache's elements on the fly. Only the rows'
 own slots need a mask, for all rows see the whole context (but for a sliding window). A cache that keeps keys
 transposed, ``[head_size, block_size]``, and values by rows is read in place; any other arrangement is first gathered
-into float32 through the offsets that the probe found.
+into such an order through the offsets that the probe found.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from vllm_specplug.kernels import lanes
 from vllm_specplug.kernels.lanes import LANES, WIDE
-from vllm_specplug.kernels.memory import kernel, load
+from vllm_specplug.kernels.memory import _stamp, kernel, load
 from vllm_specplug.kernels.tree_attention import DTYPES, TreeBatch, check_trees
 
 Int32Array = npt.NDArray[np.int32]
@@ -38,17 +42,21 @@ Cache = torch.Tensor
 MOST_QUERIES = 96
 #: Keys whose scores are held at a time, rounded down to whole blocks (at least one).
 PANEL_KEYS = 256
+
+# A call's work is shared by threads from this many multiplications and additions on, about 10 us of one thread.
+PARALLEL_WORK = 2_000_000
+LOG2_E = math.log2(math.e)
 FLOATS = np.float32(0)
 
-# Words of a call's description, all int64; the first ones change with the layer, see `_LAYER`.
+# Words of a call's description, all int64 but the scale; up to there they change with the layer, see `_LAYER`.
 QUERY, OUT, KEY, VALUE = range(4)
 QUERY_ROW, QUERY_HEAD, OUT_ROW, OUT_HEAD, KEY_BLOCK, KEY_HEAD, VALUE_BLOCK, VALUE_HEAD = range(4, 12)  # bytes
-HEADS, KV_HEADS, WINDOW = range(12, 15)
-HEAD_SIZE, BLOCK_SIZE, ELEMENT, KEYS_IN_PLACE, VALUES_IN_PLACE = range(15, 20)
-KEY_TABLE, VALUE_TABLE, KEY_RUN, VALUE_RUN, KEY_STRIDE = range(20, 25)
-TREES, STARTS, SIZES, CONTEXTS, REQUESTS, DEPTHS, VISIBLE, VISIBLE_ROW, TABLE, TABLE_ROW = range(25, 35)
-WORDS = 40
-_LAYER = struct.Struct("=15q")
+HEADS, KV_HEADS, WINDOW, ROWS_AT_ONCE, SCRATCH, SCRATCH_BYTES, NEXT_ITEM, NEXT_WORKER, SCALE = range(12, 21)
+HEAD_SIZE, BLOCK_SIZE, ELEMENT, KEYS_IN_PLACE, VALUES_IN_PLACE = range(21, 26)
+KEY_TABLE, VALUE_TABLE, KEY_RUN, VALUE_RUN, KEY_STRIDE = range(26, 31)
+TREES, STARTS, SIZES, CONTEXTS, REQUESTS, DEPTHS, VISIBLE, VISIBLE_ROW, TABLE, TABLE_ROW = range(31, 41)
+WORDS = 48
+_LAYER = struct.Struct("=20qf")
 
 
 class UnknownLayout(ValueError):
@@ -94,7 +102,7 @@ class CacheLayout:
         in_place = (whole and _in_order(self.keys.T), _in_order(self.values))
         words = (head_size, block_size, self.dtype.itemsize, *in_place, *(t.ctypes.data for t in tables))
         object.__setattr__(self, "_tables", tables)
-        object.__setattr__(self, "words", (*map(int, words), *(_run(t) for t in tables), stride * 4))
+        object.__setattr__(self, "words", (*map(int, words), *(_run(t) for t in tables), stride * self.dtype.itemsize))
 
     @property
     def block_size(self) -> int:
@@ -177,17 +185,25 @@ def probe_layout(
     return CacheLayout(dtype, keys, values)
 
 
-_SCRATCH: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
+_SCRATCH: dict[tuple[int, int, int, int], npt.NDArray[np.float32]] = {}
 
 
-def _scratch_floats(head_size: int, block_size: int, queries: int) -> int:
-    keys = max(PANEL_KEYS, block_size) + 2 * LANES
-    return queries * (2 * head_size + keys + 2) + 2 * head_size * (block_size + LANES) + 64
+def _scratch(head_size: int, block_size: int, queries: int, threads: int) -> npt.NDArray[np.float32]:
+    """Working memory ``float32[threads, n]``, see `_attend`; the same for every call of these sizes."""
+    key = (head_size, block_size, queries, threads)
+    if key not in _SCRATCH:
+        scores = max(PANEL_KEYS, block_size) + LANES
+        gathered = head_size * (block_size + LANES)
+        _SCRATCH[key] = np.zeros((threads, queries * (2 * head_size + scores + 2) + gathered + LANES), np.float32)
+    return _SCRATCH[key]
 
 
 @dataclass(slots=True, eq=False)
 class PreparedStep:
-    """What a step's calls have in common. Keeps the tensors it names alive."""
+    """What a step's calls have in common. Keeps the tensors it names alive.
+
+    ``work`` is the number of (row, key) pairs, ``largest`` the rows of the largest tree.
+    """
 
     trees: TreeBatch
     block_table: torch.Tensor
@@ -195,6 +211,9 @@ class PreparedStep:
     call: Int64Array
     visible: npt.NDArray[np.uint8]
     address: int
+    threads: int
+    work: int
+    largest: int
 
 
 def prepare_step(trees: TreeBatch, block_table: torch.Tensor, layout: CacheLayout) -> PreparedStep:
@@ -214,7 +233,12 @@ def prepare_step(trees: TreeBatch, block_table: torch.Tensor, layout: CacheLayou
         *(len(trees.starts), *(t.data_ptr() for t in trees[:5]), visible.ctypes.data),
         *(visible.strides[0], block_table.data_ptr(), block_table.stride(0) * 4),
     )
-    return PreparedStep(trees, block_table, layout, call, visible, call.ctypes.data)
+    sizes, contexts = trees.sizes.numpy(), trees.contexts.numpy()
+    work = int((sizes.astype(np.int64) * (sizes + contexts)).sum())
+    threads = torch.get_num_threads() if _gomp_parallel() else 1
+    if threads > 1:
+        _worker(layout.dtype)  # compiled here rather than in the first large step
+    return PreparedStep(trees, block_table, layout, call, visible, call.ctypes.data, threads, work, width)
 
 
 def tree_attention_cpu(
@@ -245,20 +269,30 @@ def tree_attention_cpu(
     key_block, key_head, _, _ = key_cache.stride()
     value_block, value_head, _, _ = value_cache.stride()
     heads, kv_heads = query.shape[1], key_cache.shape[1]
+    group = heads // kv_heads
+    rows_at_once = max(1, MOST_QUERIES // group)
+    threads = step.threads
+    if threads > 1:
+        if step.work * heads * layout.head_size * 4 < PARALLEL_WORK:
+            threads = 1
+        else:
+            # Two items or more per thread, but none with fewer queries than a register tile has rows.
+            parts = -(-2 * threads // (kv_heads * len(step.trees.starts)))
+            rows_at_once = min(rows_at_once, max(-(-step.largest // parts), -(-6 // group)))
+    scratch = _scratch(layout.head_size, layout.block_size, max(MOST_QUERIES, group), step.threads)
     _LAYER.pack_into(
         step.call,
         0,
         *(query.data_ptr(), out.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr()),
         *(query_row * size, query_head * size, out_row * size, out_head * size),
         *(key_block * size, key_head * size, value_block * size, value_head * size),
-        *(heads, kv_heads, window),
+        *(heads, kv_heads, window, rows_at_once, scratch.ctypes.data, scratch.strides[0], 0, 0),
+        scale * LOG2_E,
     )
-    queries = max(MOST_QUERIES, heads // kv_heads)
-    needed = (_scratch_floats(layout.head_size, layout.block_size, queries), 1)
-    scratch = _SCRATCH.get(needed)
-    if scratch is None:
-        scratch = _SCRATCH[needed] = np.zeros(needed[0], np.float32)
-    _attend_all(_KINDS[layout.dtype], step.address, scratch.ctypes.data, queries, scale * math.log2(math.e))
+    if threads > 1:
+        _gomp_parallel()(_worker(layout.dtype), step.address, threads, 0)
+    else:
+        _work(_KINDS[layout.dtype], step.address)
 
 
 _KINDS = {dtype: lanes.KINDS[str(dtype).removeprefix("torch.")] for dtype in DTYPES}
@@ -331,15 +365,15 @@ def _mask(call, scores, row_bytes, panel, columns, context, base, first, rows, g
 
 
 @kernel
-def _attend(kind, call, scratch, scale, tree, base, head, first, rows):  # type: ignore[no-untyped-def]
+def _attend(kind, call, scratch, tree, base, head, first, rows):  # type: ignore[no-untyped-def]
     """Rows ``first`` to ``first + rows`` of a tree, whose rows begin at ``base`` of all trees', for one KV head."""
+    scale = lanes.load_number(call, 2 * SCALE)
     floats = np.float32(0)
     head_size = lanes.load_wide(call, HEAD_SIZE)
     block_size = lanes.load_wide(call, BLOCK_SIZE)
     element = lanes.load_wide(call, ELEMENT)
     keys_in_place = lanes.load_wide(call, KEYS_IN_PLACE)
     values_in_place = lanes.load_wide(call, VALUES_IN_PLACE)
-    key_stride = lanes.load_wide(call, KEY_STRIDE)
     window = lanes.load_wide(call, WINDOW)
     group = lanes.load_wide(call, HEADS) // lanes.load_wide(call, KV_HEADS)
     start = load(lanes.load_wide(call, STARTS), tree)
@@ -388,19 +422,17 @@ def _attend(kind, call, scratch, scale, tree, base, head, first, rows):  # type:
             from_keys = keys_at + load(table, block + i) * key_block
             target = scores + i * block_size * 4
             groups = (keys + LANES - 1) // LANES
-            if keys_in_place != 0:
-                _multiply(
-                    kind, packed, width, from_keys, block_size * element, element,
-                    target, row_bytes, queries, groups, head_size, 0,
-                )  # fmt: skip
-            else:
-                every = head_size * (key_stride // 4) // LANES
+            pitch = block_size * element
+            if keys_in_place == 0:
+                pitch = lanes.load_wide(call, KEY_STRIDE)
+                every = head_size * (pitch // element) // LANES
                 key_table = lanes.load_wide(call, KEY_TABLE)
                 lanes.row_gather(kind, from_keys, key_table, gathered, every, lanes.load_wide(call, KEY_RUN))
-                _multiply(
-                    floats, packed, width, gathered, key_stride, 4,
-                    target, row_bytes, queries, groups, head_size, 0,
-                )  # fmt: skip
+                from_keys = gathered
+            _multiply(
+                kind, packed, width, from_keys, pitch, element,
+                target, row_bytes, queries, groups, head_size, 0,
+            )  # fmt: skip
         padded = (columns + LANES - 1) // LANES
         if panel + padded * LANES > context or window >= 0:
             _mask(call, scores, row_bytes, panel, padded * LANES, context, base, first, rows, group, window)
@@ -424,20 +456,15 @@ def _attend(kind, call, scratch, scale, tree, base, head, first, rows):  # type:
             from_values = values_at + load(table, block + i) * value_block
             weights = scores + i * block_size * 4
             keep = 0 if fresh else 1
-            if values_in_place != 0:
-                _multiply(
-                    kind, weights, row_bytes, from_values, head_size * element, element,
-                    sums, width, queries, vectors, keys, keep,
-                )  # fmt: skip
-            else:
+            if values_in_place == 0:
                 value_table = lanes.load_wide(call, VALUE_TABLE)
-                lanes.row_gather(
-                    kind, from_values, value_table, gathered, keys * vectors, lanes.load_wide(call, VALUE_RUN)
-                )
-                _multiply(
-                    floats, weights, row_bytes, gathered, width, 4,
-                    sums, width, queries, vectors, keys, keep,
-                )  # fmt: skip
+                every = keys * vectors
+                lanes.row_gather(kind, from_values, value_table, gathered, every, lanes.load_wide(call, VALUE_RUN))
+                from_values = gathered
+            _multiply(
+                kind, weights, row_bytes, from_values, head_size * element, element,
+                sums, width, queries, vectors, keys, keep,
+            )  # fmt: skip
             fresh = False
         block += count
 
@@ -453,18 +480,63 @@ def _attend(kind, call, scratch, scale, tree, base, head, first, rows):  # type:
 
 
 @kernel
-def _attend_all(kind, call, scratch, most, scale):  # type: ignore[no-untyped-def]
-    """All trees and heads, ``most`` queries at a time; ``scale`` makes scores powers of two."""
-    group = lanes.load_wide(call, HEADS) // lanes.load_wide(call, KV_HEADS)
-    at_once = max(1, most // group)
+def _work(kind, call):  # type: ignore[no-untyped-def]
+    """Take items of a call's work (tree, KV head, some rows) until none is left; any number of threads at once."""
+    scratch = lanes.load_wide(call, SCRATCH)
+    scratch += lanes.take_number(call, NEXT_WORKER) * lanes.load_wide(call, SCRATCH_BYTES)
+    at_once = lanes.load_wide(call, ROWS_AT_ONCE)
+    kv_heads = lanes.load_wide(call, KV_HEADS)
+    sizes = lanes.load_wide(call, SIZES)
     base = 0
+    passed = 0
+    item = lanes.take_number(call, NEXT_ITEM)
     for tree in range(lanes.load_wide(call, TREES)):
-        size = load(lanes.load_wide(call, SIZES), tree)
-        for head in range(lanes.load_wide(call, KV_HEADS)):
-            for first in range(0, size, at_once):
-                rows = min(at_once, size - first)
-                _attend(kind, call, scratch, np.float32(scale), tree, base, head, first, rows)
+        size = load(sizes, tree)
+        parts = (size + at_once - 1) // at_once
+        while item < passed + parts * kv_heads:
+            head, part = (item - passed) // parts, (item - passed) % parts
+            first = part * at_once
+            _attend(kind, call, scratch, tree, base, head, first, min(at_once, size - first))
+            item = lanes.take_number(call, NEXT_ITEM)
+        passed += parts * kv_heads
         base += size
+
+
+@functools.cache
+def _worker(dtype: torch.dtype) -> int:
+    """Address of `_work` for C callers, ``void(*)(int64 call)``."""
+    kind = _KINDS[dtype]
+    # Numba's disk cache keeps functions apart by the values of their free variables: a changed module is another one.
+    sources = zlib.crc32(repr(_stamp(__file__)).encode())
+
+    def worker(call):  # type: ignore[no-untyped-def]
+        if sources >= 0:
+            _work(kind, call)
+
+    for cache in (True, False):
+        try:
+            compiled = numba.cfunc(numba.void(numba.int64), nopython=True, error_model="numpy", cache=cache)(worker)
+            return int(compiled.address)
+        except RuntimeError:  # no folder can be written
+            if not cache:
+                raise
+    raise AssertionError
+
+
+@functools.cache
+def _gomp_parallel() -> Any:
+    """libgomp's entry for a parallel region, from the OpenMP library that torch and vLLM's kernels use; None: no such.
+
+    Other threads would compete with theirs, which wait busily, and would inherit the one core that vLLM binds its main
+    thread to.
+    """
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (OSError, AttributeError, TypeError):
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    function.restype = None
+    return function
 
 
 @dataclass(frozen=True, slots=True, eq=False)
