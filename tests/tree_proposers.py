@@ -22,6 +22,7 @@ class TreesOptions:
     """Options of :class:`Trees`."""
 
     branching: float = options.option(0.5, "share of nodes that hang on any earlier node", low=0.0, high=1.0)
+    vocabulary: int = options.option(2000, "draft wrong tokens below this", low=200, high=1 << 20)
     full: bool = options.option(False, "always draft as many nodes as allowed")
 
 
@@ -97,25 +98,25 @@ class Trees(Proposer):
         parents = random_parents(draw, size, self.settings.branching if state.request.branching else 0.0)
         self.shapes["chains" if parents == list(range(-1, size - 1)) else "trees"] += 1
         # Distinct, so siblings differ; far from the target's taste, mostly.
-        tokens = draw.choice(2000, size=size, replace=False).tolist()
+        *tokens, spare = draw.choice(self.settings.vocabulary, size=size + 1, replace=False).tolist()
         done = len(state.tokens) - len(state.request.prompt) + state.request.num_output
         truth = list(extra.get("truth", ()))[done:]
         if truth:
-            self._set_right_path(draw, truth, tokens, parents)
+            self._set_right_path(draw, truth, tokens, parents, spare)
         broken = extra.get("broken")
         if broken and size > 3 and len(state.tokens) % 7 == 0:
             return _break(str(broken), tokens, parents, limit)
         return tokens, parents
 
     def _set_right_path(
-        self, draw: np.random.Generator, truth: list[int], tokens: list[int], parents: list[int]
+        self, draw: np.random.Generator, truth: list[int], tokens: list[int], parents: list[int], spare: int
     ) -> None:
         row, depth = -1, 0
         while depth < len(truth):
             children = [j for j, p in enumerate(parents) if p == row]
-            for j in children:  # wrong, all of them
-                if tokens[j] == truth[depth]:
-                    tokens[j] = 2000 + truth[depth] % 1000
+            for j in children:
+                if tokens[j] == truth[depth]:  # at most one is right by chance
+                    tokens[j], spare = spare, tokens[j]
             if not children or draw.random() < 0.1:
                 break
             row = int(draw.choice(children))
