@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from vllm_specplug.kernels import tree_attention_cpu as tree_attention_cpu_module
 from vllm_specplug.kernels.tree_attention import DTYPES, TreeBatch, build_trees, tree_attention_reference
 from vllm_specplug.kernels.tree_attention_cpu import (
     CacheLayout,
@@ -268,6 +269,36 @@ def test_random_steps(seed):
         contexts=tuple(rng.integers(0, 400, count).tolist()),
     )
     assert_same(case, int(rng.choice([-1, -1, 3, 50, 200])))
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """Calls of any size are shared by two threads; counts those that were."""
+    parallel = tree_attention_cpu_module._gomp_parallel()
+    if parallel is None:
+        pytest.skip("torch's OpenMP library here has no entry for other callers")
+    counts = []
+
+    def counted(function, call, threads, flags):
+        counts.append(threads)
+        parallel(function, call, threads, flags)
+
+    monkeypatch.setattr(tree_attention_cpu_module, "PARALLEL_WORK", 0)
+    monkeypatch.setattr(tree_attention_cpu_module, "_gomp_parallel", lambda: counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield counts
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["vec", "shuffled"])
+def test_two_threads(two_threads, dtype, layout):
+    """Each item is taken once, with working memory of its thread's own."""
+    for seed, sizes, group in ((0, (2,), 1), (1, (7,), 3), (2, (61, 9, 30), 3), (3, (129,), 8), (4, (5,) * 12, 2)):
+        contexts = tuple(range(10, 10 + 50 * len(sizes), 50))
+        assert_same(make_case(seed, dtype, layout, sizes=sizes, contexts=contexts, group=group), -1 if seed else 8)
+    assert two_threads == [2] * 5
 
 
 def test_large_scores_and_weights_that_vanish():
