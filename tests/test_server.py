@@ -185,12 +185,16 @@ def test_penalties(client, server):
     assert second == first
 
 
-def test_sampling_that_vllm_refuses_under_speculation_is_the_client_s_error(client):
-    """vLLM itself turns min_p and logit_bias down where any speculation is on: a 400, never a 500."""
-    import openai
-
-    with pytest.raises(openai.BadRequestError):
-        chat(client, STORY, logit_bias={"5": 3.0})
+def test_sampling_that_vllm_refuses_under_speculation(client, server):
+    """min_p and logit_bias: vLLM answers 400 where any speculation is on; here they act, on drafted tokens too."""
+    plain = chat(client, STORY).choices[0].message.content
+    with drafting(server):
+        sampled = chat(client, STORY, temperature=1.5, extra_body={"min_p": 1.0})
+    assert sampled.choices[0].message.content == plain  # nothing but the likeliest token is left
+    comma = 28
+    with drafting(server):
+        biased = chat(client, STORY, logit_bias={str(comma): 100.0})
+    assert biased.choices[0].message.content == "," * 48
 
 
 def test_client_that_goes_away(client, server):

@@ -81,7 +81,32 @@ SYMBOLS = (
         ("scheduler_output", "num_scheduled_tokens"),
         "draft trees' positions",
     ),
-    Symbol(_RUNNER, "GPUModelRunner._sample", ("logits", "spec_decode_metadata"), "proposers that need the top-k"),
+    Symbol(_RUNNER, "GPUModelRunner._sample", ("logits", "spec_decode_metadata"), "verification"),
+    Symbol("vllm.v1.sample.sampler", "Sampler.forward", ("logits", "sampling_metadata"), "verification"),
+    Symbol("vllm.v1.sample.sampler", "Sampler.greedy_sample", ("logits",), "verification"),
+    Symbol(
+        "vllm.v1.sample.metadata",
+        "SamplingMetadata",
+        (
+            *("temperature", "all_greedy", "top_p", "top_k", "generators", "max_num_logprobs", "no_penalties"),
+            *("prompt_token_ids", "frequency_penalties", "presence_penalties", "repetition_penalties"),
+            *("output_token_ids", "allowed_token_ids_mask", "bad_words_token_ids", "logitsprocs"),
+            *("logprob_token_ids", "spec_token_ids", "thinking_budget_state_holder"),
+        ),
+        "verification",
+    ),
+    Symbol("vllm.v1.outputs", "SamplerOutput", ("sampled_token_ids", "logprobs_tensors"), "verification"),
+    Symbol("vllm.v1.outputs", "LogprobsTensors", (), "verification"),
+    Symbol(
+        _RUNNER,
+        "build_logitsprocs",
+        ("vllm_config", "device", "is_pin_memory", "is_pooling_model", "custom_logitsprocs"),
+        "min_p and logit_bias",
+    ),
+    Symbol("vllm.v1.sample.logits_processor", "BUILTIN_LOGITS_PROCESSORS", (), "min_p and logit_bias"),
+    Symbol(
+        "vllm.sampling_params", "SamplingParams._validate_spec_decode", ("speculative_config",), "min_p and logit_bias"
+    ),
     Symbol(
         "vllm.v1.worker.gpu_input_batch",
         "CachedRequestState",

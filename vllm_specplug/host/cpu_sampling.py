@@ -3,8 +3,8 @@
 vLLM's CPU stand-in for the Triton kernel behind ``expand_batch_to_tokens`` writes to a converted copy of its output
 and drops it (utils/cpu_triton_utils.py:_expand_kernel_impl in 0.28 to 0.32; vLLM issue 55005), so the verification of
 every sampled draft reads uninitialised memory as temperature, top-k and top-p: wrong distributions with any proposer,
-vLLM's own included, or an index out of bounds. The plugin verifies without it, but a server that compiles its model also
-runs it once at start (gpu_model_runner.py:_dummy_sampler_run).
+vLLM's own included, or an index out of bounds. The plugin verifies without it, but a server that compiles its model
+runs it once at start all the same (gpu_model_runner.py:_dummy_sampler_run).
 """
 
 from __future__ import annotations

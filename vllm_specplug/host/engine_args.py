@@ -45,6 +45,7 @@ def uninstall() -> None:
     if engine_args is not None:
         for name in ("add_cli_args", "from_cli_args", "create_engine_config"):
             patching.unwrap(engine_args, name)
+    sampling_params.uninstall()
 
 
 def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,6 +88,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         """Check the plugin's settings before any engine is built. Every entry point, ``LLM`` included, comes
         through here; vLLM's own settings are left to vLLM."""
         check(self)
+        sampling_params.install_front()
         numba_guard.protect()  # check() may have imported numba, and so may an earlier engine of this process
         return original(self, *args, **kwargs)
 

@@ -78,8 +78,9 @@ def warm_up() -> None:
 def sample_plainly(metadata: Any) -> None:
     """Make a step's sampler calls those of a server without speculation.
 
-    vLLM's keeper of thinking budgets looks for a request's row elsewhere in the batch where the server speculates. Here
-    requests with a budget get no drafts (see :mod:`vllm_specplug.host.eligibility`), and each has the row of its number.
+    vLLM's keeper of thinking budgets looks for a request's row elsewhere in the batch where the server speculates.
+    Here requests with a budget get no drafts (see :mod:`vllm_specplug.host.eligibility`), and every request has one row
+    when the keeper is asked.
     """
     holder = metadata.thinking_budget_state_holder
     if holder is not None:
