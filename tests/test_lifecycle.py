@@ -29,6 +29,7 @@ class Recorder(Proposer):
         self.steps = []
         self.fail: dict[str, set[int]] = {"observe": set(), "propose": set(), "add_request": set(), "remove": set()}
         self.token = None
+        self.branches = False
 
     def add_request(self, request):
         if request.slot in self.fail["add_request"]:
@@ -51,6 +52,8 @@ class Recorder(Proposer):
         for slot, limit in zip(slots.tolist(), limits.tolist(), strict=True):
             tokens += [self.text[slot][-1] if self.token is None else self.token] * limit
             parents += range(-1, limit - 1)
+            if self.branches and limit > 1:  # the last node becomes the root's second child
+                parents[-1], tokens[-1] = -1, tokens[-1] + 1
             offsets.append(len(tokens))
         return DraftForest(
             np.array(tokens, np.int32),
@@ -74,6 +77,7 @@ class Engine:
         self.lifecycle = Lifecycle(self.proposer, VOCAB)
         self.text: dict[str, list[int]] = {}
         self.max_tokens = 1000
+        self.branching = True
 
     def step(self, emitted: dict[str, list[int]], drafted: dict[str, int] | None = None, limit: int = 2):
         for request_id, tokens in emitted.items():
@@ -96,6 +100,7 @@ class Engine:
             prompt=np.array(self.text[request_id], np.int32),
             num_output=len(self.text[request_id]) - 3,
             max_tokens=self.max_tokens,
+            branching=self.branching,
         )
 
     def seen(self):
@@ -235,10 +240,55 @@ def test_malformed_forests_never_reach_the_engine(engine, monkeypatch):
     def short(self, slots, limits):
         return good(self, slots[:-1], limits[:-1])
 
+    engine.branching = False
     for i, bad in enumerate((too_long, branching, short)):
         monkeypatch.setattr(Recorder, "propose", bad)
         assert engine.step({f"x{i}": [5], f"y{i}": [6]}) == {f"x{i}": [], f"y{i}": []}
     assert engine.lifecycle.counters.requests_without_drafts == 6
+
+
+def test_trees_are_kept_until_the_requests_next_step(engine):
+    engine.proposer.branches = True
+    assert engine.step({"a": [5], "b": [6]}, limit=3) == {"a": [5, 5, 6], "b": [6, 6, 7]}
+    trees = engine.lifecycle.trees
+    assert {i: (t.tokens, t.parents.tolist(), t.chain) for i, t in trees.items()} == {
+        "a": ([5, 5, 6], [-1, 0, -1], 2),
+        "b": ([6, 6, 7], [-1, 0, -1], 2),
+    }
+    assert engine.lifecycle.counters.drafted_in_trees == 6
+    engine.step({"b": [7]}, limit=3)  # a is not in this step: the engine still holds its draft
+    assert (trees["a"].tokens, trees["b"].tokens) == ([5, 5, 6], [7, 7, 8])
+    engine.proposer.branches = False
+    engine.step({"b": [7]}, limit=3)
+    assert set(trees) == {"a"}
+    engine.lifecycle.end(["a", "b"])
+    assert trees == {}
+
+
+def test_a_tree_for_a_request_that_may_not_branch_is_the_proposers_fault(engine):
+    engine.proposer.branches = True
+    engine.step({"a": [5]}, limit=3)
+    engine.branching = False
+    assert engine.step({"a": [5], "b": [6]}, limit=3) == {"a": [5, 5, 6], "b": []}
+    counters = engine.lifecycle.counters
+    assert (counters.requests_with_chains_only, counters.requests_without_drafts) == (1, 1)
+    assert engine.step({"c": [7]}, limit=1) == {"c": [7]}
+
+
+def test_a_muted_request_is_learned_from_and_gets_no_drafts(engine, monkeypatch):
+    admit = engine.admit
+
+    def muting(row, request_id, slot):
+        if request_id == "b":
+            engine.lifecycle.mute(slot)
+        return admit(row, request_id, slot)
+
+    monkeypatch.setattr(engine, "admit", muting)
+    for _ in range(2):
+        assert engine.step({"a": [5], "b": [6]}) == {"a": [5, 5], "b": []}
+    assert engine.seen() == engine.text
+    engine.lifecycle.end(["b"])
+    assert engine.step({"c": [7]}) == {"c": [7, 7]}  # in b's slot
 
 
 def test_topk_rows_follow_their_requests(engine):

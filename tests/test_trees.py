@@ -286,10 +286,9 @@ def test_engines_without_the_plugin_keep_vllms_attention(tiny, shared, short, pl
         assert generate(llm, short[:2], 8) == [o[:8] for o in plain[:2]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("nodes", [4, 16, 60])
-def test_real_model_in_full(nodes):
-    """200 prompts x 96 tokens, at 1, 8 and 16 requests."""
+@pytest.fixture(scope="module")
+def many():
+    """200 prompts and their outputs without speculation, 96 tokens each."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -302,13 +301,18 @@ def test_real_model_in_full(nodes):
     texts += [f"{text} Answer briefly." for text in texts] + [f"Well: {text}" for text in texts[:8]]
     prompts = encode(Holder(), texts)
     with engine(MODEL, max_num_seqs=16) as llm:
-        want = generate(llm, prompts, 96)
-    with engine(MODEL, tree_proposers.speculative(nodes), max_num_seqs=16) as llm:
-        for concurrency in (16, 1):
-            got = generate(llm, prompts, 96, want, concurrency)
-            assert [i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b] == []
-        assert_sound(llm)
-    with engine(MODEL, tree_proposers.speculative(nodes), max_num_seqs=8) as llm:
+        return prompts, generate(llm, prompts, 96)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [4, 16, 60])
+@pytest.mark.parametrize("concurrency", [16, 8, 1])
+def test_real_model_in_full(many, nodes, concurrency):
+    prompts, want = many
+    with engine(MODEL, tree_proposers.speculative(nodes), max_num_seqs=concurrency) as llm:
         got = generate(llm, prompts, 96, want)
         assert [i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b] == []
         assert_sound(llm)
+        counters = trees_of(llm).counters
+        assert counters.rows_moved > 1000
+        assert counters.tree_nodes_accepted > 3000

@@ -108,6 +108,8 @@ class TreeAttentionImpl(cpu_attn.CPUAttentionBackendImpl):
         if not attn_metadata.only_trees:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         step = attn_metadata.step
+        if query.dtype != step.layout.dtype:
+            raise TypeError(f"a layer attends in {query.dtype} over a KV cache of {step.layout.dtype}")
         kernels.tree_attention_cpu(
             query,
             *_split(kv_cache),
@@ -182,8 +184,12 @@ class CpuTrees:
         return ""
 
     def _attach_builder(self, builder: TreeMetadataBuilder, layers: list[Any]) -> str:
-        cache = layers[0].kv_cache
-        block_size, head_size = cache.shape[2], cache.shape[3] // 2
+        cache, head_size = layers[0].kv_cache, layers[0].impl.head_size
+        block_size = cache.shape[2]
+        if cache.dtype != builder.dtype:
+            return f"the KV cache is in {cache.dtype}, the model in {builder.dtype}"
+        if cache.shape[3] != 2 * head_size:
+            return "keys and values differ in size"
         try:
             builder.layout = kernels.probe_layout(_writer(builder.isa), cache.dtype, block_size, head_size)
             caches = kernels.prepare_caches([_split(layer.kv_cache) for layer in layers], builder.layout)

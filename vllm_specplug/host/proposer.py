@@ -16,7 +16,16 @@ import numpy as np
 import torch
 
 from vllm_specplug import registry
-from vllm_specplug.host import compat, cpu_sampling, eligibility, runner, sampling_params, tree_plan, verification
+from vllm_specplug.host import (
+    compat,
+    cpu_sampling,
+    eligibility,
+    forests,
+    runner,
+    sampling_params,
+    tree_plan,
+    verification,
+)
 from vllm_specplug.host.lifecycle import Lifecycle, Rows, TopK
 from vllm_specplug.host.trees import TreeHost
 from vllm_specplug.proposers.base import Int32Array, Request
@@ -62,6 +71,7 @@ class HostProposer:
         if not self._drafts:
             return
         start = time.perf_counter()
+        forests.warm_up()
         self.lifecycle.proposer.warm_up()
         verification.warm_up()
         logger.info(
@@ -211,6 +221,8 @@ class HostProposer:
         if params.max_tokens is not None:
             bound = min(bound, total - num_output + params.max_tokens)
         shape, reason = eligibility.limits_for(params)
+        if shape == "tree" and not self.trees.available:
+            shape, reason = "chain", "engine"
         if reason:
             self._restricted[f"{'without_drafts' if shape == 'none' else 'chains_only'}.{reason}"] += 1
         if shape == "none":
@@ -227,7 +239,7 @@ class HostProposer:
             # Two free-form names: repr keeps ("a", "b") apart from ("a'", ...) spellings that would collide.
             namespace=repr((str(extra.get(TENANT_ARG, "")), lora)),
             group=_sample_group(request_id),
-            branching=self.trees.available and shape == "tree",
+            branching=shape == "tree",
             extra_args=extra,
         )
 

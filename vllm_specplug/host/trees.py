@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vllm_specplug.host import compat, forests, tree_plan
+from vllm_specplug.host import compat, tree_plan
 from vllm_specplug.host.forests import KeptTree
 from vllm_specplug.host.tree_plan import StepPlan
 from vllm_specplug.proposers.base import Int32Array
@@ -109,7 +109,6 @@ class TreeHost:
                 self.reason = self._parallel.agree(self.reason)
         if self.available:
             assert self.backend is not None
-            forests.warm_up()
             tree_plan.warm_up()
             self.backend.warm_up()
         if self._drafts:
