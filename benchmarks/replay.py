@@ -130,8 +130,9 @@ def _step(recorded: Recorded, at: int, accepted: int, drafted: int, topk: bool) 
         rows = {
             "row_tokens": np.concatenate([before, recorded.output[at : end - 1]]),
             "row_offsets": np.array([0, accepted + 1], np.int32),
-            "topk_ids": recorded.topk_ids[at:end],
-            "topk_logprobs": recorded.topk_logprobs[at:end],
+            "row_parents": np.arange(-1, accepted, dtype=np.int32),
+            "topk_ids": recorded.topk_ids[at:end, :8],
+            "topk_logprobs": recorded.topk_logprobs[at:end, :8],
         }
     offsets = np.array([0, accepted + 1], np.int32)
     return StepResult(counts[0], recorded.output[at:end], offsets, counts[1], counts[2], **rows)
@@ -147,11 +148,11 @@ def replay_request(proposer: Proposer, recorded: Recorded, name: str, limit: int
     proposer.observe(_step(recorded, 0, 0, 0, proposer.wants_topk))
     at = 1
     while at < size:
-        limits = np.array([min(limit, size - at - 1)], np.int32)
+        limits = np.array([limit if at < size - 1 else 0], np.int32)
         start = clock()
         forest = proposer.propose(slots, limits)
         tally.propose_s += clock() - start
-        path = accepted_path(forest, recorded.output[at:])
+        path = accepted_path(forest, recorded.output[at : size - 1])
         drafted = len(forest.tokens)
         step = _step(recorded, at, len(path), drafted, proposer.wants_topk)
         start = clock()

@@ -8,7 +8,7 @@ edge also counts how often its token followed, as statistical compressors do.
 Memory: an automaton is one block of int32, found by address, so that one compiled call can serve a whole batch
 without building an array object per request. Layout::
 
-    header | states: STATE_CAP x 64 bytes | text: TEXT_CAP x 4 bytes | table: TABLE_CAP x 32 bytes
+    header | states: STATE_CAP x 64 bytes | table: TABLE_CAP x 32 bytes
 
 A state is one cache line and holds its three best edges; most states have one. A state with a fourth edge keeps
 all its edges in the hash table too, keyed (state, token). Then the three inline edges are the truth and their table
@@ -30,7 +30,7 @@ from vllm_specplug.kernels.memory import kernel, load, store
 Int32Array = npt.NDArray[np.int32]
 
 # Header, int32 fields.
-STATES, STATE_CAP, LAST, TEXT, TEXT_CAP, ENTRIES, TABLE_CAP, TOKENS = range(8)
+STATES, STATE_CAP, LAST, ENTRIES, TABLE_CAP, TOKENS = range(6)
 HEADER_BYTES = 64
 
 # State, int32 fields. Edges are (token, destination, count) triples.
@@ -49,6 +49,9 @@ ENTRY_BYTES = 32
 # 3, 8 and 16 on the trace, by 0.01 mean accepted tokens; it also bounds the work on repetitive text.
 COUNTED_LEVELS = 2
 
+# Unsigned: Numba marks signed products as never overflowing, and LLVM makes use of it.
+_MIX1, _MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
+
 
 @kernel
 def record(block: int, state: int) -> int:
@@ -57,21 +60,14 @@ def record(block: int, state: int) -> int:
 
 
 @kernel
-def text_address(block: int) -> int:
-    """Address of the text, ``int32[TEXT]``."""
-    return block + HEADER_BYTES + load(block, STATE_CAP) * STATE_BYTES
-
-
-@kernel
 def _table(block: int) -> int:
-    # TEXT_CAP is a multiple of 16, so entries do not straddle more cache lines than they must.
-    return text_address(block) + load(block, TEXT_CAP) * 4
+    return block + HEADER_BYTES + load(block, STATE_CAP) * STATE_BYTES
 
 
 @kernel
 def _slot(table: int, mask: int, state: int, token: int) -> int:
     """Address of the table entry of (state, token), or of the empty entry where it belongs."""
-    at = ((state * 0x1E3779B97F4A7C15 + token * 0x3F58476D1CE4E5B9) >> 33) & mask
+    at = np.int64((np.uint64(state) * _MIX1 + np.uint64(token) * _MIX2) >> np.uint64(33)) & mask
     while True:
         entry = table + at * ENTRY_BYTES
         owner = load(entry, OWNER)
@@ -208,8 +204,7 @@ def _split(block: int, state: int, token: int, below: int) -> int:
 @kernel
 def has_room(block: int, token: int) -> bool:
     """Whether :func:`extend` by ``token`` fits. Exact for the table, so that no text can overflow it."""
-    text_full = 0 < load(block, TEXT_CAP) <= load(block, TEXT)
-    if text_full or load(block, STATES) + 2 > load(block, STATE_CAP):
+    if load(block, STATES) + 2 > load(block, STATE_CAP):
         return False
     if token < 0:
         return True
@@ -237,11 +232,9 @@ def has_room(block: int, token: int) -> bool:
 def extend(block: int, token: int) -> None:
     """Append ``token`` to the text. Amortised constant time. :func:`has_room` must have said yes.
 
-    Works for several sequences in one automaton as well: set LAST to 0 (the root) between them.
+    Works for several sequences in one automaton as well, also in turns: set LAST to 0 (the root) for a new one, or to
+    what it was after the sequence's last token (that state stays the sequence's own: only shorter contexts are cloned).
     """
-    if load(block, TEXT_CAP) > 0:
-        store(text_address(block) + load(block, TEXT) * 4, 0, token)
-        store(block, TEXT, load(block, TEXT) + 1)
     if token < 0:
         store(block, LAST, 0)
         return
@@ -296,11 +289,10 @@ def settle(block: int, state: int, matched: int) -> int:
 
 
 @kernel
-def _prepare(block: int, state_cap: int, text_cap: int, table_cap: int) -> None:
+def _prepare(block: int, state_cap: int, table_cap: int) -> None:
     for field in range(HEADER_BYTES // 4):
         store(block, field, 0)
     store(block, STATE_CAP, state_cap)
-    store(block, TEXT_CAP, text_cap)
     store(block, TABLE_CAP, table_cap)
     table = _table(block)
     for at in range(table_cap):
@@ -312,15 +304,12 @@ def _prepare(block: int, state_cap: int, text_cap: int, table_cap: int) -> None:
 def _copy(old: int, new: int) -> None:
     """Fill a prepared larger block from ``old``."""
     states = load(old, STATES)
-    for field in (STATES, LAST, TEXT, TOKENS):
+    for field in (STATES, LAST, TOKENS):
         store(new, field, load(old, field))
     for i in range(states * (STATE_BYTES // 4)):
         store(new + HEADER_BYTES, i, load(old + HEADER_BYTES, i))
     for state in range(states):
         store(record(new, state), HEAD, -1)
-    source, target = text_address(old), text_address(new)
-    for i in range(load(old, TEXT)):
-        store(target, i, load(source, i))
     table = _table(old)
     for at in range(load(old, TABLE_CAP)):
         entry = table + at * ENTRY_BYTES
@@ -338,16 +327,16 @@ def _extend_all(block: int, tokens: Int32Array, start: int) -> int:
     return len(tokens)
 
 
-def block_bytes(state_cap: int, text_cap: int, table_cap: int) -> int:
+def block_bytes(state_cap: int, table_cap: int) -> int:
     """Size of a block, alignment included."""
-    return HEADER_BYTES + state_cap * STATE_BYTES + text_cap * 4 + table_cap * ENTRY_BYTES + 64
+    return HEADER_BYTES + state_cap * STATE_BYTES + table_cap * ENTRY_BYTES + 64
 
 
-def new_block(state_cap: int, text_cap: int, table_cap: int) -> tuple[Int32Array, int]:
+def new_block(state_cap: int, table_cap: int) -> tuple[Int32Array, int]:
     """An empty automaton: the array that owns its memory, and its address (a multiple of 64)."""
-    owner = np.empty(block_bytes(state_cap, text_cap, table_cap) // 4, dtype=np.int32)
+    owner = np.empty(block_bytes(state_cap, table_cap) // 4, dtype=np.int32)
     address = (owner.ctypes.data + 63) & ~63
-    _prepare(address, state_cap, text_cap, table_cap)
+    _prepare(address, state_cap, table_cap)
     return owner, address
 
 
@@ -356,12 +345,12 @@ def new_block(state_cap: int, text_cap: int, table_cap: int) -> tuple[Int32Array
 _STATES_PER_TOKEN, _ENTRIES_PER_TOKEN = 1.5, 0.75
 
 
-def capacities(tokens: int, keep_text: bool) -> tuple[int, int, int]:
-    """(state_cap, text_cap, table_cap) of a block for about ``tokens`` tokens."""
+def capacities(tokens: int) -> tuple[int, int]:
+    """(state_cap, table_cap) of a block for about ``tokens`` tokens."""
     table = 64
     while table * 3 < tokens * _ENTRIES_PER_TOKEN * 4:
         table *= 2
-    return int(tokens * _STATES_PER_TOKEN) + 16, (tokens + 16) // 16 * 16 if keep_text else 0, table
+    return int(tokens * _STATES_PER_TOKEN) + 16, table
 
 
 class SuffixAutomaton:
@@ -371,10 +360,9 @@ class SuffixAutomaton:
         address: of the block; changes when it grows.
     """
 
-    def __init__(self, tokens: int = 256, keep_text: bool = False) -> None:
-        """Make room for about ``tokens`` tokens; ``keep_text`` also stores the text itself."""
-        self._keep_text = keep_text
-        self._owner, self.address = new_block(*capacities(tokens, keep_text))
+    def __init__(self, tokens: int = 256) -> None:
+        """Make room for about ``tokens`` tokens."""
+        self._owner, self.address = new_block(*capacities(tokens))
 
     def _header(self, field: int) -> int:
         return int(self._words()[field])
@@ -394,22 +382,20 @@ class SuffixAutomaton:
         return self._header(TOKENS)
 
     @property
-    def text(self) -> Int32Array:
-        """``int32[TEXT]`` view of the stored text, cuts included; valid until the next growth."""
-        start = (HEADER_BYTES + self._header(STATE_CAP) * STATE_BYTES) // 4
-        return self._words()[start : start + self._header(TEXT)]
+    def last(self) -> int:
+        """State of the whole sequence so far; 0 after a cut."""
+        return self._header(LAST)
 
-    def _next_capacities(self) -> tuple[int, int, int]:
+    def _next_capacities(self) -> tuple[int, int]:
         """Capacities after growth: whatever is nearly full doubles."""
-        states, text, entries = self._header(STATES), self._header(TEXT), self._header(ENTRIES)
-        old = state_cap, text_cap, table_cap = tuple(self._header(f) for f in (STATE_CAP, TEXT_CAP, TABLE_CAP))
+        states, entries = self._header(STATES), self._header(ENTRIES)
+        state_cap, table_cap = self._header(STATE_CAP), self._header(TABLE_CAP)
+        old_states = state_cap
         if states * 4 >= state_cap * 3:
             state_cap *= 2
-        if text * 4 >= text_cap * 3:
-            text_cap *= 2
-        if entries * 2 >= table_cap or (state_cap, text_cap) == old[:2]:
+        if entries * 2 >= table_cap or state_cap == old_states:
             table_cap *= 2
-        return state_cap, text_cap, table_cap
+        return state_cap, table_cap
 
     @property
     def next_nbytes(self) -> int:
@@ -444,7 +430,7 @@ class SuffixAutomaton:
         rec = self.state(state)
         found: dict[int, tuple[int, int]] = {}
         if rec[DEGREE] > INLINE:
-            caps = HEADER_BYTES + self._header(STATE_CAP) * STATE_BYTES + self._header(TEXT_CAP) * 4
+            caps = HEADER_BYTES + self._header(STATE_CAP) * STATE_BYTES
             table = words[caps // 4 :][: self._header(TABLE_CAP) * ENTRY_BYTES // 4].reshape(-1, ENTRY_BYTES // 4)
             at = int(rec[HEAD])
             while at >= 0:

@@ -27,7 +27,11 @@ GROUP = "vllm_specplug.proposers"
 PACKAGE = "vllm_specplug"
 
 # Also in this package's own entry points; kept here so that a checkout on PYTHONPATH works uninstalled.
-_BUILTIN = {"Retrieval": "vllm_specplug.proposers.retrieval:Retrieval"}
+_BUILTIN = {
+    "Auto": "vllm_specplug.proposers.auto:Auto",
+    "Retrieval": "vllm_specplug.proposers.retrieval:Retrieval",
+    "TokenRecycling": "vllm_specplug.proposers.token_recycling:TokenRecycling",
+}
 
 
 @dataclass(frozen=True, slots=True)

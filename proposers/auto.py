@@ -1,0 +1,52 @@
+"""The proposer to use unless there is a reason for another: every source, one tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vllm_specplug.options import option
+
+from .drafting import Drafter, Sources
+
+
+@dataclass(frozen=True)
+class AutoOptions:
+    """Options of the fused proposer."""
+
+    min_prob: float = option(
+        0.07,
+        "draft no token that is accepted with less than this probability",
+        low=0.0,
+        high=1.0,
+        env="SPECPLUG_AUTO_MIN_PROB",
+    )
+    tree: bool = option(True, "draft trees where the server can verify them; false: chains only")
+    context: bool = option(True, "draft from the request's own prompt and output")
+    siblings: bool = option(True, "samples of one prompt (n > 1) draft from each other's output")
+    store: bool = option(True, "draft from outputs of earlier requests of the same namespace")
+    store_bytes: int = option(256 << 20, "memory for earlier outputs, all namespaces together", low=1 << 20)
+    recycling: bool = option(True, "draft from the target model's own second guesses")
+    table_bytes: int = option(64 << 20, "memory for second guesses, all namespaces together", low=1 << 16)
+
+
+class Auto(Drafter):
+    """Retrieval and token recycling in one draft tree.
+
+    Every node's candidates come from all sources at once, so drafts that share a prefix share its nodes (as RASD,
+    arXiv 2503.03434, fuses them), and a node's probability is the online mixture of what every source says of it.
+    """
+
+    name: ClassVar[str] = "auto"
+    Options: ClassVar[type] = AutoOptions
+
+    def __init__(self, options: AutoOptions | None = None) -> None:
+        self.options = options = options or AutoOptions()
+        self.wants_topk = options.recycling  # type: ignore[misc]
+        sources = Sources(
+            context=options.context,
+            siblings=options.siblings,
+            store_bytes=options.store_bytes if options.store else 0,
+            table_bytes=options.table_bytes if options.recycling else 0,
+        )
+        super().__init__(sources, options.min_prob, options.tree)

@@ -1,0 +1,491 @@
+"""The machinery all proposers of this package share: per-request state, learning, and drafting for a batch.
+
+A proposer built on :class:`Drafter` says which sources it draws on (:class:`Sources`) and how much it drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from vllm_specplug.kernels.memory import kernel, load, store
+
+from .base import DraftForest, Float32Array, Int32Array, Proposer, Request, StepResult
+from .mixture import (
+    HISTORY_MASK,
+    MAX_CANDIDATES,
+    Mixture,
+    Scratch,
+    learn,
+    new_mixture,
+    new_scratch,
+    predict,
+)
+from .output_store import OutputStores
+from .recycling_table import WIDTH, RecyclingTable, Table, find_rows, recycle
+from .suffix_automaton import LAST, LEN, SuffixAutomaton, advance, extend, has_room, record, settle
+from .tree_growth import MAX_DRAFT, Forest, Nodes, Slots, grow, new_nodes, token_back
+
+Int64Array = npt.NDArray[np.int64]
+
+# Tokens a cursor is walked over to find its place in a store: longer contexts all fall in one length bucket.
+REWALK = 32
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a drafter draws on.
+
+    Attributes:
+        context: the request's own prompt and output.
+        siblings: samples of one prompt (``n > 1``) draw on each other's output as on their own.
+        store_bytes: earlier outputs of the namespace; 0: not.
+        table_bytes: the target's own second guesses (see :mod:`.recycling_table`); 0: not.
+        orders: longest key of the table, 1 to 3 tokens.
+        width: entries per key, 1 to 8.
+        anywhere: the table also knows what is likely after anything.
+    """
+
+    context: bool = True
+    siblings: bool = True
+    store_bytes: int = 0
+    table_bytes: int = 0
+    orders: int = 3
+    width: int = WIDTH
+    anywhere: bool = True
+
+
+@kernel
+def _observe(
+    mix: Mixture,
+    scratch: Scratch,
+    table: Table,
+    orders: int,
+    per: Slots,
+    slots: Int32Array,
+    tokens: Int32Array,
+    offsets: Int32Array,
+    done: Int32Array,
+) -> int:
+    """Learn from emitted tokens and append them; counts in ``done``. Returns how many requests need more room."""
+    full = 0
+    for i in range(len(slots)):
+        slot = slots[i]
+        block, store_block, habits = per.block[slot], per.store[slot], per.habits[slot]
+        last, state, matched, history = per.last[slot], per.state[slot], per.matched[slot], per.history[slot]
+        if store_block != 0:
+            state = settle(store_block, state, matched)
+        for at in range(offsets[i] + done[i], offsets[i + 1]):
+            token = np.int64(tokens[at])
+            if block != 0:
+                store(block, LAST, last)
+            if per.size[slot] == per.room[slot] or (block != 0 and not has_room(block, token)):
+                full += 1
+                break
+            done[i] += 1
+            if token >= 0:
+                length = load(record(block, last), LEN) if block != 0 else np.int64(0)
+                find_rows(
+                    table,
+                    per.space[slot],
+                    orders,
+                    token_back(per, slot, 1),
+                    token_back(per, slot, 2),
+                    token_back(per, slot, 3),
+                    scratch.row,
+                )
+                k, best = predict(
+                    mix, scratch, habits, block, last, length, store_block, state, matched, history, MAX_CANDIDATES
+                )
+                learn(mix, scratch, habits, token)
+                hit = 1 if k > 0 and scratch.token[best] == token else 0
+                history = (history << 1 | hit) & HISTORY_MASK
+            store(per.text[slot], per.size[slot], token)
+            per.size[slot] += 1
+            per.left[slot] -= 1
+            if block != 0:
+                extend(block, token)
+                last = load(block, LAST)
+            if store_block != 0:
+                state, matched = advance(store_block, state, matched, token)
+        per.last[slot], per.state[slot], per.matched[slot], per.history[slot] = last, state, matched, history
+    return full
+
+
+@kernel
+def _recycle(
+    table: Table,
+    orders: int,
+    width: int,
+    per: Slots,
+    slots: Int32Array,
+    tokens: Int32Array,
+    offsets: Int32Array,
+    row_tokens: Int32Array,
+    row_offsets: Int32Array,
+    row_parents: Int32Array,
+    ids: Int32Array,
+    logprobs: Float32Array,
+    depth: Int64Array,
+) -> None:
+    """Learn every verified row; the emitted tokens are in the texts already. ``depth``: scratch, -1: not accepted."""
+    for i in range(len(slots)):
+        slot = slots[i]
+        first, start, emitted = row_offsets[i], offsets[i], offsets[i + 1] - offsets[i]
+        second, third = token_back(per, slot, emitted + 2), token_back(per, slot, emitted + 3)
+        for row in range(first, row_offsets[i + 1]):
+            own, parent, here = np.int64(row_tokens[row]), row_parents[row], row - first
+            if parent < 0:
+                depth[here] = 0
+                recycle(table, per.space[slot], orders, width, own, second, third, ids, logprobs, row, True)
+                continue
+            above = depth[parent]
+            accepted = above >= 0 and above < emitted - 1 and own == tokens[start + above]
+            depth[here] = above + 1 if accepted else -1
+            grand = row_parents[first + parent]
+            before = np.int64(row_tokens[first + grand]) if grand >= 0 else second
+            recycle(
+                table,
+                per.space[slot],
+                orders,
+                width,
+                own,
+                np.int64(row_tokens[first + parent]),
+                before,
+                ids,
+                logprobs,
+                row,
+                accepted,
+            )
+
+
+@kernel
+def _propose(
+    mix: Mixture,
+    scratch: Scratch,
+    nodes: Nodes,
+    table: Table,
+    orders: int,
+    per: Slots,
+    slots: Int32Array,
+    limits: Int32Array,
+    min_prob: float,
+    most: int,
+    out: Forest,
+    offsets: Int32Array,
+) -> int:
+    """Draft for a batch; returns the number of nodes."""
+    size = 0
+    for i in range(len(slots)):
+        size += grow(mix, scratch, nodes, table, orders, per, slots[i], limits[i], min_prob, most, out, size)
+        offsets[i + 1] = size
+    return size
+
+
+@kernel
+def _rewalk(store_block: int, per: Slots, slot: int) -> None:
+    """Put a request's cursor into a store where the end of its text is."""
+    text, size = per.text[slot], per.size[slot]
+    s, m = np.int64(0), np.int64(0)
+    if store_block != 0:
+        for at in range(max(0, size - REWALK), size):
+            s, m = advance(store_block, s, m, load(text, at))
+    per.state[slot] = s
+    per.matched[slot] = m
+
+
+class _Group:
+    """Requests that are samples of one prompt, and the automaton they share."""
+
+    __slots__ = ("automaton", "prompt", "prompt_state", "slots")
+
+    def __init__(self, automaton: SuffixAutomaton, prompt: Int32Array) -> None:
+        self.automaton = automaton
+        self.prompt = prompt
+        self.prompt_state = automaton.last
+        self.slots: set[int] = set()
+
+
+class _Live:
+    """What is kept in Python of a live request."""
+
+    __slots__ = ("automaton", "first_output", "group", "namespace", "text")
+
+    def __init__(self, text: Int32Array, first_output: int, namespace: str) -> None:
+        self.text = text
+        self.first_output = first_output
+        self.namespace = namespace
+        self.automaton: SuffixAutomaton | None = None
+        self.group: str | None = None
+
+
+def as_int32(name: str, value: npt.ArrayLike) -> Int32Array:
+    """``value`` as a contiguous ``int32[n]``. Raises ``ValueError`` if it is no such thing."""
+    array = np.asarray(value)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be a one-dimensional array of whole numbers, got {array.dtype}{array.shape}")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+class Drafter(Proposer):
+    """Base of this package's proposers."""
+
+    def __init__(self, sources: Sources, min_prob: float, tree: bool, candidates: int = MAX_CANDIDATES) -> None:
+        """``candidates``: children considered per node of a tree."""
+        self._sources = sources
+        self._min_prob = min_prob
+        self._tree = tree
+        self._candidates = candidates
+        self._mix = new_mixture()
+        self._scratch = new_scratch()
+        self._nodes = new_nodes()
+        self._table = RecyclingTable(sources.table_bytes, sources.anywhere)
+        self._outputs = OutputStores(sources.store_bytes)
+        self._live: dict[int, _Live] = {}
+        self._groups: dict[str, _Group] = {}
+        self._slots = Slots(*(np.zeros(0, np.int64) for _ in Slots._fields))
+        self._epochs = np.zeros(0, np.int64)
+        self._depth = np.zeros(MAX_DRAFT + 2, np.int64)
+
+    def _reserve(self, slot: int) -> None:
+        size = len(self._epochs)
+        if slot >= size:
+            more = np.zeros(max(64, size, slot + 1 - size), np.int64)
+            self._slots = Slots(*(np.concatenate([old, more]) for old in self._slots))
+            self._epochs = np.concatenate([self._epochs, more])
+
+    def _check(self, slots: Int32Array) -> None:
+        """Compiled code does not check bounds."""
+        if len(slots) == 0:
+            return
+        if slots.min() >= 0 and slots.max() < len(self._epochs) and self._slots.text[slots].all():
+            return
+        bad = next(int(s) for s in slots if int(s) not in self._live)
+        raise ValueError(f"slot {bad} has no request")
+
+    def add_request(self, request: Request) -> None:
+        """Admit a request. Raises ``ValueError`` if its slot is taken or negative, or ``num_output`` impossible."""
+        slot, prompt = request.slot, as_int32("prompt", request.prompt)
+        if slot < 0 or slot in self._live:
+            raise ValueError(f"slot {slot} is {'negative' if slot < 0 else 'taken'} (request {request.request_id})")
+        if not 0 <= request.num_output <= len(prompt):
+            raise ValueError(f"request {request.request_id}: {request.num_output} outputs in {len(prompt)} tokens")
+        # Room for a modest answer; max_tokens is often the model's whole context.
+        expected = min(len(prompt) // 4 + 128, max(request.max_tokens - len(prompt), 1))
+        kept = min(len(prompt), max(request.num_output, REWALK))
+        text = np.empty(kept + expected, np.int32)
+        text[:kept] = prompt[len(prompt) - kept :]
+        self._reserve(slot)
+        live = self._live[slot] = _Live(text, kept - request.num_output, request.namespace)
+        per = self._slots
+        per.text[slot], per.size[slot], per.room[slot] = text.ctypes.data, kept, len(text)
+        per.left[slot] = request.max_tokens - len(prompt)
+        per.branching[slot] = self._tree and request.branching
+        per.space[slot] = self._table.space(request.namespace) if self._sources.table_bytes else 0
+        per.history[slot] = per.block[slot] = per.last[slot] = 0
+        if self._sources.context:
+            self._add_context(live, request, prompt, len(prompt) + expected)
+        self._epochs[slot] = -2  # no cursor yet
+        moved = self._sources.store_bytes and self._outputs.open(request.namespace)
+        self._find_stores(list(self._live) if moved else [slot])
+
+    def _add_context(self, live: _Live, request: Request, prompt: Int32Array, room: int) -> None:
+        """Give a request an automaton of its own text, or its siblings'."""
+        slot, name = request.slot, None
+        if self._sources.siblings and request.group is not None:
+            name = repr((request.namespace, request.group))
+        group = self._groups.get(name) if name else None
+        if group is not None and np.array_equal(group.prompt, prompt):
+            live.automaton, live.group = group.automaton, name
+            self._slots.last[slot] = group.prompt_state
+        else:
+            live.automaton = SuffixAutomaton(room)
+            live.automaton.extend(prompt)
+            self._slots.last[slot] = live.automaton.last
+            if name is not None and group is None:
+                group = self._groups[name] = _Group(live.automaton, prompt)
+                live.group = name
+        if group is not None and live.group is not None:
+            group.slots.add(slot)
+        self._slots.block[slot] = live.automaton.address
+
+    def _find_stores(self, slots: Iterable[int]) -> None:
+        """Look up where the stores of these requests are now; cursors that are void start anew."""
+        for slot in slots:
+            address, habits, epoch = self._outputs.find(self._live[slot].namespace)
+            self._slots.store[slot], self._slots.habits[slot] = address, habits
+            if epoch != self._epochs[slot]:
+                self._epochs[slot] = epoch
+                _rewalk(address, self._slots, slot)
+
+    def remove_request(self, slot: int) -> None:
+        """Free a request's memory at once and store its output. Raises ``ValueError`` for an unknown slot."""
+        if slot not in self._live:
+            raise ValueError(f"slot {slot} has no request")
+        live = self._live.pop(slot)
+        per = self._slots
+        output = live.text[live.first_output : per.size[slot]]
+        for field in (per.text, per.block, per.store, per.habits):
+            field[slot] = 0
+        if live.group is not None:
+            members = self._groups[live.group].slots
+            members.discard(slot)
+            if not members:
+                del self._groups[live.group]
+        if self._sources.store_bytes and len(output):
+            self._outputs.add(live.namespace, output)
+            self._find_stores(self._live)
+
+    def _make_room(self, slot: int) -> None:
+        """Whatever of a request's memory may be full grows."""
+        live, per = self._live[slot], self._slots
+        if per.size[slot] == per.room[slot]:
+            live.text = np.concatenate([live.text, np.empty(len(live.text), np.int32)])
+            per.text[slot], per.room[slot] = live.text.ctypes.data, len(live.text)
+        elif live.automaton is not None:
+            live.automaton.grow()
+            for member in self._groups[live.group].slots if live.group else (slot,):
+                per.block[member] = live.automaton.address
+
+    def observe(self, step: StepResult) -> None:
+        """Learn from the emitted tokens. Raises ``ValueError`` for an unknown slot or inconsistent arrays."""
+        slots, tokens = as_int32("slots", step.slots), as_int32("tokens", step.tokens)
+        offsets = as_int32("offsets", step.offsets)
+        self._check(slots)
+        _check_offsets("offsets", offsets, len(slots), "tokens", len(tokens))
+        recycles = self._sources.table_bytes > 0 and step.row_tokens is not None
+        rows = self._check_rows(step, len(slots)) if recycles else None
+        table = self._table.view
+        done = np.zeros(len(slots), np.int32)
+        while _observe(
+            self._mix, self._scratch, table, self._sources.orders, self._slots, slots, tokens, offsets, done
+        ):
+            for i in np.flatnonzero(done < np.diff(offsets)):
+                self._make_room(int(slots[i]))
+        if rows is not None:
+            _recycle(
+                table,
+                self._sources.orders,
+                min(self._sources.width, rows[3].shape[1]),
+                self._slots,
+                slots,
+                tokens,
+                offsets,
+                *rows,
+                self._depth,
+            )
+
+    def _check_rows(
+        self, step: StepResult, n: int
+    ) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array, Float32Array]:
+        tokens, offsets = as_int32("row_tokens", step.row_tokens), as_int32("row_offsets", step.row_offsets)
+        parents = as_int32("row_parents", step.row_parents)
+        _check_offsets("row_offsets", offsets, n, "rows", len(tokens))
+        ids = np.ascontiguousarray(step.topk_ids, np.int32)
+        logprobs = np.ascontiguousarray(step.topk_logprobs, np.float32)
+        if len(parents) != len(tokens) or ids.shape != logprobs.shape or ids.ndim != 2 or len(ids) != len(tokens):
+            raise ValueError(
+                f"row_parents {parents.shape}, topk_ids {ids.shape} and topk_logprobs {logprobs.shape} "
+                f"do not describe {len(tokens)} rows"
+            )
+        sizes = np.diff(offsets)
+        inside = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], sizes)
+        mine = parents[offsets[0] : offsets[-1]]
+        if sizes.max(initial=0) > len(self._depth) or (mine >= inside).any() or (mine < -1).any():
+            raise ValueError("row_parents must name an earlier row of the same request, or -1")
+        return tokens, offsets, parents, ids, logprobs
+
+    def _limits(self, slots: Int32Array, limits: Int32Array) -> tuple[Int32Array, Int32Array]:
+        """Arguments of :meth:`propose`, checked."""
+        slots, limits = as_int32("slots", slots), as_int32("limits", limits)
+        self._check(slots)
+        if len(limits) != len(slots) or (limits < 0).any():
+            raise ValueError(f"limits {limits!r} for {len(slots)} requests")
+        return slots, np.minimum(limits, MAX_DRAFT)
+
+    def propose(self, slots: Int32Array, limits: Int32Array) -> DraftForest:
+        """Draft for each request. Raises ``ValueError`` for an unknown slot or a bad limit."""
+        slots, limits = self._limits(slots, limits)
+        out, offsets = new_forest(int(limits.sum())), np.zeros(len(slots) + 1, np.int32)
+        size = _propose(
+            self._mix,
+            self._scratch,
+            self._nodes,
+            self._table.view,
+            self._sources.orders,
+            self._slots,
+            slots,
+            limits,
+            self._min_prob,
+            self._candidates,
+            out,
+            offsets,
+        )
+        return DraftForest(*(field[:size] for field in out), offsets)
+
+    def _trial(self) -> Drafter:
+        """A throwaway proposer like this one."""
+        return type(self)(self.options)  # type: ignore[attr-defined, call-arg]
+
+    def warm_up(self) -> None:
+        """Compile every kernel, or load it from the disk cache, by a small real run on a throwaway proposer."""
+        trial = self._trial()
+        trial._min_prob = 0.0
+        one = np.ones(1, np.int32)
+        text = np.tile(np.arange(7, dtype=np.int32), 40)
+        rows = np.repeat(np.arange(WIDTH, dtype=np.int32)[None], 2, axis=0)
+        for _ in range(2):
+            trial.add_request(Request(0, "warm-up", text))
+            for tokens in (text, text[:2]):
+                step = StepResult(
+                    one - 1,
+                    tokens,
+                    np.array([0, len(tokens)], np.int32),
+                    one,
+                    one,
+                    row_tokens=text[:2],
+                    row_offsets=np.array([0, 2], np.int32),
+                    row_parents=np.array([-1, 0], np.int32),
+                    topk_ids=rows,
+                    topk_logprobs=-1.0 - rows.astype(np.float32),
+                )
+                trial.observe(step)
+                trial.propose(one - 1, one * 4)
+            trial.remove_request(0)
+
+    def stats(self) -> dict[str, float]:
+        """Sizes: requests, bytes, tokens; and how often old outputs were evicted."""
+        automata = {id(r.automaton): r.automaton.nbytes for r in self._live.values() if r.automaton is not None}
+        return {
+            "live_requests": len(self._live),
+            "context_bytes": sum(automata.values()) + sum(r.text.nbytes for r in self._live.values()),
+            "store_bytes": self._outputs.nbytes,
+            "store_tokens": self._outputs.num_tokens,
+            "store_namespaces": self._outputs.num_namespaces,
+            "table_bytes": self._table.nbytes if self._sources.table_bytes else 0,
+            "table_rows_written": int(self._table.view.clock[0]),
+            "groups": len(self._groups),
+            "evictions": self._outputs.evictions,
+        }
+
+    def close(self) -> None:
+        """Forget all requests and everything learned from them."""
+        self._live.clear()
+        self._groups.clear()
+        self._slots.text[:] = self._slots.block[:] = self._slots.store[:] = 0
+        self._outputs.clear()
+        self._table.clear()
+
+
+def new_forest(size: int) -> Forest:
+    """Output arrays for ``size`` nodes."""
+    return Forest(
+        np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.float32), np.empty(size, np.int8)
+    )
+
+
+def _check_offsets(name: str, offsets: Int32Array, n: int, what: str, size: int) -> None:
+    if len(offsets) != n + 1 or offsets[0] < 0 or offsets[-1] > size or (np.diff(offsets) < 0).any():
+        raise ValueError(f"{name} {offsets!r} do not cut {size} {what} into {n} requests")
