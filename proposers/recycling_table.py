@@ -166,8 +166,9 @@ def _average(table: Table, row: int, ids: Int32Array, logprobs: Float32Array, at
         token, share = table.ids[best], table.share[best]
         table.ids[best], table.share[best] = table.ids[j], table.share[j]
         store(row, IDS + j, token)
-        # Rounded, not cut: what is written is read again at the next token.
-        byte = min(max(np.int64(np.log2(max(share, 1e-9)) * -_STEPS + 0.5), 0), 255)
+        # Rounded up or down at random: one token changes a share by less than a byte's step.
+        dither = ((_U(table.clock[0] + j) * _MIX1) >> _U(40)) / 16777216.0
+        byte = min(max(np.int64(np.log2(max(share, 1e-9)) * -_STEPS + dither), 0), 255)
         if j < 4:
             low |= byte << (8 * j)
         else:

@@ -422,7 +422,11 @@ class SuffixAutomaton:
 
     def cut(self) -> None:
         """Start another sequence: no context reaches across."""
-        self._words()[LAST] = 0
+        self.resume(0)
+
+    def resume(self, last: int) -> None:
+        """Go on with the sequence that :attr:`last` was read after."""
+        self._words()[LAST] = last
 
     def edges(self, state: int) -> dict[int, tuple[int, int]]:
         """``{token: (destination, count)}`` of a state; slow, for tests and inspection."""

@@ -184,7 +184,7 @@ def _random_run(seed: int) -> tuple[list[DraftForest], Retrieval]:
             del live[slot]
         live[slot] = f"tenant {rng.integers(0, 6)}"
         prompt = rng.integers(-1, 40, size=rng.integers(0, 40)).astype(np.int32)
-        proposer.add_request(Request(slot, str(number), prompt, max_tokens=60, namespace=live[slot]))
+        proposer.add_request(Request(slot, str(number), prompt, max_tokens=4000, namespace=live[slot]))
         for _ in range(2):
             some = [s for s in live if rng.random() < 0.7] or [slot]
             emit(proposer, {s: rng.integers(-1, 40, size=rng.integers(1, 60)).tolist() for s in some})
@@ -256,7 +256,8 @@ def test_live_cursors_survive_store_changes(outputs: list[list[int]], swap: int)
             proposer._find_stores(proposer._live)
         emit(proposer, {1: [output[0]]})
         held = (int(proposer._slots.store[1]), int(proposer._slots.state[1]), int(proposer._slots.matched[1]))
-        proposer.add_request(Request(2, "fresh", proposer._live[1].automaton.text.copy()))
+        text = proposer._live[1].text[: proposer._slots.size[1]]
+        proposer.add_request(Request(2, "fresh", text.copy()))
         fresh = tuple(int(x[2]) for x in (proposer._slots.store, proposer._slots.state, proposer._slots.matched))
         assert held[0] == fresh[0] and held[2] <= fresh[2]
         if held[2] == fresh[2]:
@@ -313,11 +314,11 @@ def test_warm_up_and_close_leave_nothing_behind() -> None:
 def test_disk_cache_notices_changes_of_any_module_it_is_made_of():
     """Numba by itself would go on using code compiled against another module's old memory layout."""
     from vllm_specplug.kernels import memory
-    from vllm_specplug.proposers import retrieval
+    from vllm_specplug.proposers import drafting
 
-    stamp = memory._stamp(retrieval.__file__)
+    stamp = memory._stamp(drafting.__file__)
     names = [name for name, _, _ in stamp]
-    assert {"mixture.py", "suffix_automaton.py", "retrieval.py", "memory.py"} <= set(names)
-    folders = [Path(m.__file__).parent for m in (memory, retrieval)]
-    assert retrieval._propose._cache._cache_file._source_stamp == stamp
+    assert {"mixture.py", "suffix_automaton.py", "drafting.py", "memory.py"} <= set(names)
+    folders = [Path(m.__file__).parent for m in (memory, drafting)]
+    assert drafting._propose._cache._cache_file._source_stamp == stamp
     assert set(stamp) == {entry for folder in folders for entry in memory._folder_stamp(folder)}

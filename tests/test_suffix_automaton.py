@@ -154,14 +154,39 @@ def test_growth_changes_nothing(sequences: list[list[int]]) -> None:
     assert [small.edges(s) for s in range(states)] == [large.edges(s) for s in range(states)]
 
 
-def test_text_is_kept_through_growth_with_cuts() -> None:
-    automaton = SuffixAutomaton(1, keep_text=True)
+def test_random_text_with_cuts_grows_soundly() -> None:
+    automaton = SuffixAutomaton(1)
     text = np.random.default_rng(0).integers(-2, 50, size=3000).astype(np.int32)
     automaton.extend(text)
-    np.testing.assert_array_equal(automaton.text, text)
     assert automaton.num_tokens == (text >= 0).sum()
     assert automaton.address % 64 == 0
     automaton.check_integrity()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(0, 2), max_size=8),
+    st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 2), min_size=1, max_size=4)), max_size=12),
+)
+def test_sequences_may_take_turns(prompt: list[int], turns: list[tuple[int, list[int]]]) -> None:
+    """Samples of one prompt in one automaton: each goes on from its own last state, which stays its own."""
+    automaton = SuffixAutomaton(1)
+    automaton.extend(prompt)
+    texts, last = [list(prompt) for _ in range(3)], [automaton.last] * 3
+    for who, tokens in turns:
+        automaton.resume(last[who])
+        automaton.extend(tokens)
+        texts[who] += tokens
+        last[who] = automaton.last
+        automaton.check_integrity()
+    for text, state in zip(texts, last, strict=True):
+        assert int(automaton.state(state)[sa.LEN]) == len(text)
+        assert state == walk(automaton, text)
+        for start in range(len(text)):
+            for end in range(start + 1, len(text) + 1):
+                following = automaton.edges(walk(automaton, text[start:end]))
+                spots = [(t, i + end - start) for t in texts for i in range(len(t)) if t[i:][: end - start] == text[start:end]]
+                assert set(following) == {t[at] for t, at in spots if at < len(t)}
 
 
 def test_many_branches_fill_the_table_without_overflow() -> None:
