@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from vllm_specplug.kernels import lanes
 from vllm_specplug.kernels import tree_attention_cpu as tree_attention_cpu_module
+from vllm_specplug.kernels.memory import kernel
 from vllm_specplug.kernels.tree_attention import DTYPES, TreeBatch, build_trees, tree_attention_reference
 from vllm_specplug.kernels.tree_attention_cpu import (
     CacheLayout,
@@ -299,6 +301,24 @@ def test_two_threads(two_threads, dtype, layout):
         contexts = tuple(range(10, 10 + 50 * len(sizes), 50))
         assert_same(make_case(seed, dtype, layout, sizes=sizes, contexts=contexts, group=group), -1 if seed else 8)
     assert two_threads == [2] * 5
+
+
+@kernel
+def _exp2(row, vectors):
+    return lanes.row_exp2(row, vectors, np.float32(0))
+
+
+def test_exp2_is_accurate():
+    exponents = -np.geomspace(1e-6, 125.9, 4096).astype(np.float32)
+    powers = exponents.copy()
+    total = _exp2(powers.ctypes.data, len(powers) // lanes.LANES)
+    wanted = np.exp2(exponents.astype(np.float64))
+    assert np.abs(powers / wanted - 1).max() < 2e-7
+    assert total == pytest.approx(wanted.sum(), rel=1e-6)
+    special = np.full(lanes.LANES, -np.inf, np.float32)
+    special[:3] = 0.0, -1.0, -127.0
+    assert _exp2(special.ctypes.data, 1) == 1.5
+    assert special.tolist() == [1.0, 0.5] + [0.0] * (lanes.LANES - 2)
 
 
 def test_large_scores_and_weights_that_vanish():
