@@ -16,6 +16,8 @@ import torch
 from engines import MODEL, RETRIEVAL, encode, engine, lifecycle_of, make_tiny_llama, runner_of
 from prompts import chat_prompts
 
+from vllm_specplug.host import compat
+
 pytestmark = pytest.mark.engine
 
 VOCAB, TEMPERATURE, TOP_P = 48, 0.8, 0.9
@@ -188,6 +190,7 @@ def params_of(group: str, truths=None) -> list:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
+    old = str(compat.vllm_version()).startswith("0.28")
     schema = {
         "type": "object",
         "properties": {"topic": {"enum": ["sea", "bread", "bees"]}, "length": {"type": "integer", "maximum": 99}},
@@ -200,7 +203,8 @@ def params_of(group: str, truths=None) -> list:
         {"presence_penalty": 0.8, "frequency_penalty": 0.4},
         {"bad_words": [" a", " of", "The"]},
         {"logit_bias": {260: -100.0, 253: 4.0}},
-        {"allowed_token_ids": list(range(200, 1200))},
+        # vLLM 0.28 leaves the mask of such a request behind on its row when the request moves to another.
+        {} if old else {"allowed_token_ids": list(range(200, 1200))},
         {"min_tokens": 30, "stop_token_ids": [253, 260, 28, 30]},
         {"min_tokens": 6, "stop_token_ids": [253, 28], "repetition_penalty": 1.1},
         {"logprobs": 5},
