@@ -1,6 +1,6 @@
 """Attention of a draft tree beside vLLM's own kernel on a chain of as many rows, on the CPU and in one run.
 
-    python benchmarks/bench_tree_attention.py [--threads 1] [--repeats 40] [--csv benchmarks/results/tree_attention.csv]
+    python benchmarks/bench_tree_attention.py [--threads 1] [--repeats 20] [--csv benchmarks/results/tree_attention.csv]
 
 One request with a context of ``ctx`` tokens and a draft of ``rows`` rows, its last token included, in a cache of
 SmolLM2-135M's shape: 30 layers, 9 heads on 3 KV heads of 64, blocks of 128. `layer` is one layer's call repeated, its
@@ -94,25 +94,24 @@ def workload(dtype: torch.dtype, context: int, rows: int) -> dict[str, tuple[Cal
 
 
 def alternate(calls: tuple[Call, ...], repeats: int, times: int) -> np.ndarray:
-    """Microseconds per call, ``[len(calls), repeats]``; a repeat is ``times`` calls of each."""
-    seconds = np.zeros((len(calls), repeats))
+    """Microseconds per call, ``[len(calls), repeats]``; a repeat is the median of ``times`` calls of each."""
+    seconds = np.zeros((len(calls), repeats, times))
     for call in calls:
         call()
-    for repeat in range(repeats):
+    for repeat, time_ in np.ndindex(repeats, times):
         # Each call comes right after the other one, so that neither finds the caches warmer.
-        for _ in range(times):
-            for i, call in enumerate(calls):
-                start = time.perf_counter()
-                call()
-                seconds[i, repeat] += time.perf_counter() - start
-    return seconds / times * 1e6
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            seconds[i, repeat, time_] = time.perf_counter() - start
+    return np.median(seconds, axis=2) * 1e6
 
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Attention of draft trees beside vLLM's kernel on chains.")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -125,7 +124,7 @@ def main() -> int:
         for context in CONTEXTS:
             for rows in ROWS:
                 for metric, calls in workload(dtype, context, rows).items():
-                    times = alternate(calls, args.repeats, 1 if metric in ("layers", "move") else 30)
+                    times = alternate(calls, args.repeats, 5 if metric in ("layers", "move") else 30)
                     columns = {("tree", "us/call"): times[0], ("chain", "us/call"): times[1]}
                     if metric in ("layer", "layers"):
                         columns["tree / chain", "ratio"] = times[0] / times[1]

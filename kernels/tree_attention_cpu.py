@@ -4,8 +4,9 @@ Once per engine: ``layout = probe_layout(write, dtype, block_size, head_size)`` 
 ``caches = prepare_caches(pairs, layout)`` with every layer's (key cache, value cache) of that layout. Once per step:
 ``step = prepare_step(trees, block_table, layout)``, which validates; it serves every layer whose KV cache has this
 block table and layout, whatever its heads, scale and window. Then per layer ``tree_attention_cpu(..., step)``, which
-checks nothing, and after sampling ``move_rows(caches, sources, targets)`` once for all layers. One call at a time: calls
-share their working memory. Where torch has several threads, a call uses the same ones, through their OpenMP library.
+checks nothing, and after sampling ``move_rows(caches, sources, targets)`` once for all layers. One call at a time, for
+calls share their working memory. Where torch has several threads, a call uses the same ones, through their OpenMP
+library.
 
 How it works. Per tree and KV head, the rows' query heads are packed as float32, scaled, and multiplied with the keys of
 a panel of blocks; the panel's scores become weights with a running maximum; the weights are multiplied with the values.
