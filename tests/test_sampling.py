@@ -179,6 +179,23 @@ def test_rejected_drafts_are_replaced_by_the_rest_of_the_distribution(sampled, r
     assert abs(score(y == token, share)) < BOUND
 
 
+def test_seeds_hold_where_a_prompt_is_prefilled_in_several_steps(tiny):
+    """vLLM's CPU engine ends there by itself: it cannot take back the draws of tokens that it discards."""
+    from vllm import SamplingParams
+
+    prompts = [
+        {"prompt_token_ids": [(7 * i + 3 * j * j) % VOCAB for j in range(n)]} for i, n in enumerate((150, 20, 90))
+    ]
+    params = [SamplingParams(temperature=TEMPERATURE, seed=i, max_tokens=24, detokenize=False) for i in range(3)]
+    outputs = []
+    for spec, tokens in ((None, 512), (sampling_proposers.speculative("Recycled", 12), 32)):
+        settings = {"skip_tokenizer_init": True, "max_num_seqs": 4, "max_model_len": 256}
+        with engine(tiny, spec, max_num_batched_tokens=tokens, **settings) as llm:
+            outputs.append(tokens_of(o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)))
+    assert lifecycle_of(llm).counters.accepted > 10
+    assert outputs[0] == outputs[1]
+
+
 # The real model: every sampling parameter, token by token what a server without speculation gives.
 
 LENGTH = 40

@@ -128,6 +128,15 @@ CASES = {
         {},
         ["= 0 is not allowed", "1 to 128"],
     ),
+    "acceptance made up": (
+        [
+            "--speculative-config",
+            '{"model": "vllm_specplug.Retrieval", "num_speculative_tokens": 8, "rejection_sample_method": "synthetic", '
+            '"synthetic_acceptance_length": 3}',
+        ],
+        {},
+        ["rejection_sample_method = 'synthetic' is not allowed"],
+    ),
     "unknown variable": (SELECTED, {"SPECPLUG_ENABLE": "1"}, ["SPECPLUG_ENABLE", "Did you mean 'SPECPLUG_ENABLED'?"]),
     "variable of the wrong type": (SELECTED, {"SPECPLUG_ENABLED": "maybe"}, ["SPECPLUG_ENABLED = 'maybe'"]),
 }

@@ -82,6 +82,7 @@ SYMBOLS = (
         "draft trees' positions",
     ),
     Symbol(_RUNNER, "GPUModelRunner._sample", ("logits", "spec_decode_metadata"), "verification"),
+    Symbol(_RUNNER, "GPUModelRunner._bookkeeping_sync", (), "seeds on CPUs"),
     Symbol("vllm.v1.sample.sampler", "Sampler.forward", ("logits", "sampling_metadata"), "verification"),
     Symbol("vllm.v1.sample.sampler", "Sampler.greedy_sample", ("logits",), "verification"),
     Symbol(

@@ -1,17 +1,23 @@
-"""Keeps vLLM's CPU backend from sampling with uninitialised memory where a speculating server warms up.
+"""Two faults of sampling on vLLM's CPU backend, mended for servers with one of this plugin's proposers.
 
-vLLM's CPU stand-in for the Triton kernel behind ``expand_batch_to_tokens`` writes to a converted copy of its output
-and drops it (utils/cpu_triton_utils.py:_expand_kernel_impl in 0.28 to 0.32; vLLM issue 55005), so the verification of
-every sampled draft reads uninitialised memory as temperature, top-k and top-p: wrong distributions with any proposer,
-vLLM's own included, or an index out of bounds. The plugin verifies without it, but a server that compiles its model
-runs it once at start all the same (gpu_model_runner.py:_dummy_sampler_run).
+Uninitialised memory where a speculating server warms up: vLLM's CPU stand-in for the Triton kernel behind
+``expand_batch_to_tokens`` writes to a converted copy of its output and drops it
+(utils/cpu_triton_utils.py:_expand_kernel_impl in 0.28 to 0.32; vLLM issue 55005), so the verification of every sampled
+draft reads uninitialised memory as temperature, top-k and top-p: wrong distributions with any proposer, vLLM's own
+included, or an index out of bounds. The plugin verifies without it, but a server that compiles its model runs it once
+at start all the same (gpu_model_runner.py:_dummy_sampler_run).
+
+An engine that ends when a request with a seed is prefilled in more than one step: vLLM takes back the draws of tokens
+it discards by a generator's offset (gpu_model_runner.py:_bookkeeping_sync), and CPU generators have none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_specplug.host import patching
@@ -50,3 +56,25 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
         return expanded
 
     return expand_batch_to_tokens
+
+
+def discarded_draws(runner: Any) -> dict[int, torch.Tensor]:
+    """Before sampling: the generators' states of the batch rows whose token this step discards. Empty but on CPUs."""
+    generators = runner.input_batch.generators
+    if not generators or runner.device.type != "cpu":
+        return {}
+    rows = np.flatnonzero(runner.discard_request_mask.np[: runner.input_batch.num_reqs]).tolist()
+    return {row: generators[row].get_state() for row in rows if row in generators}
+
+
+@contextlib.contextmanager
+def taking_back(runner: Any, states: dict[int, torch.Tensor]) -> Iterator[None]:
+    """Around the runner's bookkeeping: it finds no generators to set back, and they are set back to ``states``."""
+    generators = runner.input_batch.generators
+    held = {row: generators.pop(row) for row in states}
+    try:
+        yield
+    finally:
+        for row, generator in held.items():
+            generator.set_state(states[row])
+        generators.update(held)

@@ -128,6 +128,11 @@ def check(engine_args: Any) -> None:
         raise options.OptionError(
             f"{where} = {tokens!r} is not allowed: expected a whole number from 1 to {MAX_DRAFT_TOKENS}."
         )
+    if config.get("rejection_sample_method") == "synthetic":
+        raise options.OptionError(
+            f"rejection_sample_method = 'synthetic' is not allowed with {registry.PACKAGE}.{entry.name}: drafts are "
+            "verified against the model, none is accepted at a made-up rate."
+        )
     registry.parse_options(additional).section(entry)
     warning = compat.require()
     if warning:

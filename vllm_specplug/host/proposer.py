@@ -10,6 +10,7 @@ import collections
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ class HostProposer:
         # Before the model's layers are made, which is when they choose their attention.
         self.trees = TreeHost(vllm_config, self._drafts, user.general.enabled)
         self._topk: tuple[np.ndarray, np.ndarray] | None = None
+        self._discarded: dict[int, torch.Tensor] = {}
         #: Requests that may get no drafts or chains only, by reason.
         self._restricted: collections.Counter[str] = collections.Counter()
 
@@ -122,6 +124,7 @@ class HostProposer:
     def verify(self, runner: Any, logits: Any, spec_decode_metadata: Any, original: Callable[..., Any]) -> Any:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
         self._keep_topk(logits)
+        self._discarded = cpu_sampling.discarded_draws(runner)
         verification.sample_plainly(runner.input_batch.sampling_metadata)
         if spec_decode_metadata is None or not any(spec_decode_metadata.num_draft_tokens):
             # vLLM 0.32 sends every step of a speculating server through its rejection sampler. Without drafts that only
@@ -133,6 +136,10 @@ class HostProposer:
         )
         self.after_verify(runner, verified)
         return verified.output
+
+    def bookkeeping(self, runner: Any) -> AbstractContextManager[None]:
+        """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
+        return cpu_sampling.taking_back(runner, self._discarded)
 
     def _keep_topk(self, logits: Any) -> None:
         """Keep the target's top-k of every verified row, where the proposer asks for it."""

@@ -8,6 +8,7 @@ servers that load the plugin without selecting one of its proposers run vLLM's o
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from vllm_specplug.host import patching
@@ -30,11 +31,12 @@ class RunnerHooks(Protocol):
     ) -> None:
         """After the runner has filled its input buffers, before it describes them to the attention layers."""
 
-    def verify(
-        self, runner: Any, logits: Any, spec_decode_metadata: Any, original: Callable[..., Any]
-    ) -> Any:
+    def verify(self, runner: Any, logits: Any, spec_decode_metadata: Any, original: Callable[..., Any]) -> Any:
         """In place of the runner's ``_sample``, whose ``original`` takes ``(runner, logits, spec_decode_metadata)``:
         vLLM's ``SamplerOutput`` of the step."""
+
+    def bookkeeping(self, runner: Any) -> AbstractContextManager[None]:
+        """Around the runner's own bookkeeping of the tokens sampled."""
 
     def draft(
         self, runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]], spec_decode_metadata: Any
@@ -114,6 +116,18 @@ def _prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     return _prepare_inputs
 
 
+def _bookkeeping_sync(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let the drafter mend what vLLM does to the generators of discarded tokens, see host/cpu_sampling.py. Called
+        once per step that samples, by every V1 runner."""
+        if (hooks := _hooks(self)) is None:
+            return original(self, *args, **kwargs)
+        with hooks.bookkeeping(self):
+            return original(self, *args, **kwargs)
+
+    return _bookkeeping_sync
+
+
 def _input_fits_in_drafter(original: Callable[..., Any]) -> Callable[..., Any]:
     def _input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
         """Always draft: this plugin clamps each request to its own room. vLLM's check looks at the longest
@@ -148,6 +162,7 @@ _PATCHES: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "_prepare_inputs": _prepare_inputs,
     "_update_states": _update_states,
     "_sample": _sample,
+    "_bookkeeping_sync": _bookkeeping_sync,
     "_input_fits_in_drafter": _input_fits_in_drafter,
     "propose_draft_token_ids": _propose_draft_token_ids,
 }
