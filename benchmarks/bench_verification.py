@@ -64,7 +64,9 @@ def spec_metadata(drafts: np.ndarray) -> Any:
     return metadata
 
 
-def measure(ways: dict[str, Callable[[torch.Tensor], Any]], logits: torch.Tensor, repeats: int) -> dict[str, list[float]]:
+def measure(
+    ways: dict[str, Callable[[torch.Tensor], Any]], logits: torch.Tensor, repeats: int
+) -> dict[str, list[float]]:
     """Milliseconds per call of each way."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 2):
@@ -86,10 +88,9 @@ def main() -> int:
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
 
+    from vllm.platforms import current_platform
     from vllm.v1.sample.rejection_sampler import RejectionSampler
     from vllm.v1.sample.sampler import Sampler
-
-    from vllm.platforms import current_platform
 
     from vllm_specplug.host import cpu_sampling, numba_guard, verification
 

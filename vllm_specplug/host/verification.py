@@ -127,7 +127,9 @@ def _greedy(sampler: Any, logits: torch.Tensor, batch: _Batch) -> Verified:
     if logits.dtype == torch.float32 or logits.device.type != "cpu":
         drawn = sampler.greedy_sample(logits.to(torch.float32))
     else:
-        drawn = torch.cat([sampler.greedy_sample(rows.to(torch.float32)) for rows in logits.split(_CONVERTED_ROWS)])
+        converted = torch.empty((_CONVERTED_ROWS, logits.shape[1]), dtype=torch.float32)
+        parts = logits.split(_CONVERTED_ROWS)
+        drawn = torch.cat([sampler.greedy_sample(converted[: len(rows)].copy_(rows)) for rows in parts])
     tokens, paths, lengths = batch.tables()
     tree_walk.walk(batch.sizes, batch.parents, batch.drafts, drawn.cpu().numpy(), tokens, paths, lengths)
     return _verified(logits, tokens, paths, lengths, None)
