@@ -146,7 +146,7 @@ def test_random_plans():
         ]
         flat = ints(*(p for row in parents for p in row))
         positions = np.full(ends[-1], -7, np.int64)
-        plan = tree_plan.make_plan(flat, sizes, ends, computed, positions)
+        plan = tree_plan.make_plan(flat, sizes, ends, computed)
         trees = [i for i in range(n) if parents[i] != list(range(-1, sizes[i] - 1))]
         if not trees:
             assert plan is None
@@ -180,6 +180,7 @@ def test_random_plans():
             accepted += len(path) - 1
             sources += [start + r for k, r in enumerate(path) if r != k]
             targets += [start + k for k, r in enumerate(path) if r != k]
+        tree_plan.place(plan, positions)
         assert positions.tolist() == expected.tolist()
         found = tree_plan.accepted_moves(plan, paths, lengths)
         assert (found[0].tolist(), found[1].tolist(), found[2]) == (sources, targets, accepted)

@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from vllm_specplug.host import tree_plan
 from vllm_specplug.host.tree_plan import StepPlan
 from vllm_specplug.kernels import tree_attention_cpu as kernels
 from vllm_specplug.kernels.tree_attention import build_trees
@@ -206,9 +207,14 @@ class CpuTrees:
             nothing = np.zeros(0, np.int64)
             kernels.move_rows(mover, nothing, nothing)
 
-    def set_plan(self, plan: StepPlan | None) -> None:
-        """The plan of the coming forward pass."""
+    def begin(self, runner: Any, plan: StepPlan) -> None:
+        """Make the coming forward pass one of trees."""
+        tree_plan.place(plan, runner.positions.numpy())
         self.holder.plan = plan
+
+    def end(self) -> None:
+        """Forward passes are without trees from now on."""
+        self.holder.plan = None
 
     def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Move K/V of the step's rows ``sources`` to the places of its rows ``targets``, in all layers."""

@@ -114,17 +114,14 @@ def _place(starts, sizes, contexts, depths, positions):  # type: ignore[no-untyp
         base += sizes[i]
 
 
-def make_plan(
-    row_parents: Int32Array, sizes: Int32Array, ends: Int32Array, computed: Int32Array, positions: np.ndarray
-) -> StepPlan | None:
-    """The step's plan; writes the trees' rotary positions.
+def make_plan(row_parents: Int32Array, sizes: Int32Array, ends: Int32Array, computed: Int32Array) -> StepPlan | None:
+    """The step's plan.
 
     Args:
         row_parents: see :class:`StepPlan`.
         sizes: ``int32[B]`` verified rows of each request.
         ends: ``int32[B]`` row after the last of each request; the verified rows are its last ones.
         computed: ``int32[B]`` tokens of each request in the cache.
-        positions: ``int64[rows]``, changed in place for rows of trees.
 
     Returns:
         None if nothing branches.
@@ -137,9 +134,14 @@ def make_plan(
     if not count:
         return None
     trees = build_trees(starts[:count], tree_sizes[:count], contexts[:count], requests[:count], parents[:rows])
-    _place(starts[:count], tree_sizes[:count], contexts[:count], trees.depths.numpy(), positions)
     num_rows = int(ends[-1])
     return StepPlan(trees, row_parents, num_rows, rows == num_rows)
+
+
+def place(plan: StepPlan, positions: np.ndarray) -> None:
+    """Write the rotary positions of trees' rows to ``positions`` (``int64[rows]``); others are left as they are."""
+    starts, sizes, contexts, _, depths = (t.numpy() for t in plan.trees[:5])
+    _place(starts, sizes, contexts, depths, positions)
 
 
 @kernel
@@ -183,6 +185,7 @@ def warm_up() -> None:
     """Compile before the first request."""
     one = np.ones(1, np.int32)
     sizes = one * 3
-    plan = make_plan(np.array([-1, 0, 0], np.int32), sizes, sizes, one, np.zeros(3, np.int64))
+    plan = make_plan(np.array([-1, 0, 0], np.int32), sizes, sizes, one)
     assert plan is not None
+    place(plan, np.zeros(3, np.int64))
     accepted_moves(plan, np.array([[0, 2]], np.int32), one * 2)

@@ -32,8 +32,11 @@ class TreeBackend(Protocol):
     def warm_up(self) -> None:
         """Compile before the first request."""
 
-    def set_plan(self, plan: StepPlan | None) -> None:
-        """The plan of the coming forward pass."""
+    def begin(self, runner: Any, plan: StepPlan) -> None:
+        """Make the coming forward pass one of trees: rotary positions, and attention along the trees' paths."""
+
+    def end(self) -> None:
+        """Forward passes are without trees from now on."""
 
     def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Move K/V of rows ``sources`` (``int64[m]``) to the cache slots of rows ``targets``, one after another."""
@@ -123,7 +126,7 @@ class TreeHost:
         if self.reason:
             return
         assert self.backend is not None
-        self.backend.set_plan(None)
+        self.backend.end()
         if metadata is None or not (kept or self._parallel is not None):
             return
         sizes = np.array(metadata.num_draft_tokens, np.int32)
@@ -141,9 +144,9 @@ class TreeHost:
         n = len(sizes)
         ends = runner.query_start_loc.np[1 : n + 1]
         computed = batch.num_computed_tokens_cpu[:n]
-        self.plan = tree_plan.make_plan(parents, sizes, ends, computed, runner.positions.numpy())
+        self.plan = tree_plan.make_plan(parents, sizes, ends, computed)
         if self.plan is not None:
-            self.backend.set_plan(self.plan)
+            self.backend.begin(runner, self.plan)
             self.counters.tree_steps += 1
             self.counters.trees_verified += len(self.plan.trees.starts)
             self.counters.tree_nodes_verified += len(self.plan.trees.depths) - len(self.plan.trees.starts)
@@ -160,7 +163,7 @@ class TreeHost:
         if self.plan is None:
             return
         assert self.backend is not None
-        self.backend.set_plan(None)
+        self.backend.end()
         sources, targets, accepted = tree_plan.accepted_moves(self.plan, paths, lengths)
         self.counters.tree_nodes_accepted += accepted
         self.counters.rows_moved += len(sources)
