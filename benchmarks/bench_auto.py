@@ -2,11 +2,11 @@
 
     python benchmarks/bench_auto.py --trace TRACE.jsonl.gz [--requests 64] [--nodes 16] [--length 1000] [--csv FILE]
 
-All requests run at once, each a recorded one: its prompt, with joined recorded text before it up to ``--length`` tokens,
-and its recorded output, at 1 + accepted tokens a step. A finished one is replaced by another.
-The rest of the trace is replayed before, one by one, to fill store and table. Every step reports the top-k of all verified rows, as a server does: the recorded one for the
-root and accepted nodes, another recorded row's for the rejected ones (the recording does not know theirs; it costs the
-same). So ``mat`` here is only a sign of life; `replay.py` measures it.
+All requests run at once, each a recorded one: its prompt, with joined recorded text before it up to ``--length``
+tokens, and its recorded output, at 1 + accepted tokens a step; a finished one is replaced by another. The rest of the
+trace is replayed before, one by one, to fill store and table. Every step reports the top-k of all verified rows, as a
+server does: the recorded one for the root and accepted nodes, another recorded row's for the rejected ones (the
+recording does not know theirs; it costs the same). So ``mat`` here is only a sign of life; `replay.py` measures it.
 
 `step` is one step's observe and propose together, divided by the requests: median (p20, p80) over steps.
 """

@@ -26,12 +26,14 @@ from .mixture import (
 from .output_store import OutputStores
 from .recycling_table import WIDTH, RecyclingTable, Table, find_rows, recycle
 from .suffix_automaton import LAST, LEN, SuffixAutomaton, advance, extend, has_room, record, settle
-from .tree_growth import MAX_DRAFT, Forest, Nodes, Slots, grow, new_nodes, token_back
+from .tree_growth import MAX_DRAFT, Forest, Nodes, Slots, cut, grow, new_forest, new_nodes, token_back
 
 Int64Array = npt.NDArray[np.int64]
 
 # Tokens a cursor is walked over to find its place in a store: longer contexts all fall in one length bucket.
 REWALK = 32
+# Candidates learned from per emitted token; twice as many give nothing.
+LEARNED = 12
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _observe(
                     scratch.row,
                 )
                 k, best = predict(
-                    mix, scratch, habits, block, last, length, store_block, state, matched, history, MAX_CANDIDATES
+                    mix, scratch, habits, block, last, length, store_block, state, matched, history, LEARNED
                 )
                 learn(mix, scratch, habits, token)
                 hit = 1 if k > 0 and scratch.token[best] == token else 0
@@ -221,7 +223,7 @@ class _Live:
         self.group: str | None = None
 
 
-def as_int32(name: str, value: npt.ArrayLike) -> Int32Array:
+def as_int32(name: str, value: npt.ArrayLike | None) -> Int32Array:
     """``value`` as a contiguous ``int32[n]``. Raises ``ValueError`` if it is no such thing."""
     array = np.asarray(value)
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -423,7 +425,7 @@ class Drafter(Proposer):
             out,
             offsets,
         )
-        return DraftForest(*(field[:size] for field in out), offsets)
+        return cut(out, size, offsets)
 
     def _trial(self) -> Drafter:
         """A throwaway proposer like this one."""
@@ -477,13 +479,6 @@ class Drafter(Proposer):
         self._slots.text[:] = self._slots.block[:] = self._slots.store[:] = 0
         self._outputs.clear()
         self._table.clear()
-
-
-def new_forest(size: int) -> Forest:
-    """Output arrays for ``size`` nodes."""
-    return Forest(
-        np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.float32), np.empty(size, np.int8)
-    )
 
 
 def _check_offsets(name: str, offsets: Int32Array, n: int, what: str, size: int) -> None:

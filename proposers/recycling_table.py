@@ -65,7 +65,7 @@ def key_hash(space: int, order: int, last: int, second: int, third: int) -> int:
     if order > 2:
         h = (h ^ (h >> _U(27))) * _MIX2 + _U(third)
     h = (h ^ (h >> _U(30))) * _MIX1
-    return np.int64((h ^ (h >> _U(32))) & _SIGN)
+    return int(np.int64((h ^ (h >> _U(32))) & _SIGN))
 
 
 @kernel
@@ -117,6 +117,11 @@ def prob_byte(row: int, rank: int) -> int:
 
 
 @kernel
+def _byte(steps: float) -> int:
+    return int(min(max(steps, 0.0), 255.0))
+
+
+@kernel
 def _write_bytes(row: int, low: int, high: int, size: int) -> None:
     store(row, PROBS, low)
     store(row, PROBS + 1, high)
@@ -126,10 +131,10 @@ def _write_bytes(row: int, low: int, high: int, size: int) -> None:
 @kernel
 def _overwrite(row: int, ids: Int32Array, logprobs: Float32Array, at: int, width: int) -> None:
     """Write row ``at`` of the target's top-k arrays, best first."""
-    low, high = np.int64(0), np.int64(0)
+    low, high = 0, 0
     for j in range(width):
         store(row, IDS + j, ids[at, j])
-        byte = min(max(np.int64(logprobs[at, j] * (-_STEPS * 1.4426950408889634)), 0), 255)
+        byte = _byte(logprobs[at, j] * (-_STEPS * 1.4426950408889634))
         if j < 4:
             low |= byte << (8 * j)
         else:
@@ -157,7 +162,7 @@ def _average(table: Table, row: int, ids: Int32Array, logprobs: Float32Array, at
             table.ids[n] = old
             table.share[n] = share
             n += 1
-    low, high, most = np.int64(0), np.int64(0), min(n, WIDTH)
+    low, high, most = 0, 0, min(n, WIDTH)
     for j in range(most):
         best = j
         for i in range(j + 1, n):
@@ -168,7 +173,7 @@ def _average(table: Table, row: int, ids: Int32Array, logprobs: Float32Array, at
         store(row, IDS + j, token)
         # Rounded up or down at random: one token changes a share by less than a byte's step.
         dither = ((_U(table.clock[0] + j) * _MIX1) >> _U(40)) / 16777216.0
-        byte = min(max(np.int64(np.log2(max(share, 1e-9)) * -_STEPS + dither), 0), 255)
+        byte = _byte(np.log2(max(share, 1e-9)) * -_STEPS + dither)
         if j < 4:
             low |= byte << (8 * j)
         else:
@@ -199,6 +204,15 @@ def find_rows(table: Table, space: int, orders: int, last: int, second: int, thi
 
 
 @kernel
+def _repeats(ids: Int32Array, at: int, width: int) -> bool:
+    for j in range(1, width):
+        for i in range(j):
+            if ids[at, i] == ids[at, j]:
+                return True
+    return False
+
+
+@kernel
 def recycle(
     table: Table,
     space: int,
@@ -212,7 +226,12 @@ def recycle(
     at: int,
     emitted: bool,
 ) -> None:
-    """Learn row ``at`` of ``ids`` and ``logprobs`` (``[rows, >= width]``), whose text ends in the three tokens given."""
+    """Learn row ``at`` of ``ids`` and ``logprobs`` (``[rows, >= width]``), whose text ends in the three tokens given.
+
+    A row that names a token twice is no top-k and is left out: readers rely on distinct tokens.
+    """
+    if _repeats(ids, at, width):
+        return
     if emitted and table.anywhere:
         _average(table, _claim(table, key_hash(space, 0, 0, 0, 0)), ids, logprobs, at, width)
     if last >= 0 and orders > 0:
@@ -271,7 +290,7 @@ class RecyclingTable:
 
     def row(self, space: int, tokens: list[int]) -> dict[int, float]:
         """``{token: probability}`` stored after ``tokens`` (at most three, the last one last); for tests."""
-        last, second, third = ([*reversed(tokens)] + [0, 0, 0])[:3]
+        last, second, third = [*reversed(tokens), 0, 0, 0][:3]
         address = find_row(self.view, key_hash(space, len(tokens), last, second, third))
         if address == 0:
             return {}

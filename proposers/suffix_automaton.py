@@ -67,7 +67,7 @@ def _table(block: int) -> int:
 @kernel
 def _slot(table: int, mask: int, state: int, token: int) -> int:
     """Address of the table entry of (state, token), or of the empty entry where it belongs."""
-    at = np.int64((np.uint64(state) * _MIX1 + np.uint64(token) * _MIX2) >> np.uint64(33)) & mask
+    at = int(np.int64((np.uint64(state) * _MIX1 + np.uint64(token) * _MIX2) >> np.uint64(33))) & mask
     while True:
         entry = table + at * ENTRY_BYTES
         owner = load(entry, OWNER)

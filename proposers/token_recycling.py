@@ -12,10 +12,10 @@ from vllm_specplug.kernels.memory import kernel
 from vllm_specplug.options import option
 
 from .base import SOURCE_RECYCLING, DraftForest, Int32Array
-from .drafting import Drafter, Sources, new_forest
+from .drafting import Drafter, Sources
 from .mixture import Mixture, Scratch
 from .recycling_table import WIDTH, Table
-from .tree_growth import Forest, Nodes, Slots, foresee, plant, sprout
+from .tree_growth import Forest, Nodes, Slots, cut, foresee, new_forest, plant, sprout
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -163,4 +163,4 @@ class TokenRecycling(Drafter):
             out,
             offsets,
         )
-        return DraftForest(*(field[:size] for field in out), offsets)
+        return cut(out, size, offsets)

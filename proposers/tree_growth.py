@@ -7,13 +7,13 @@ best of the frontier again and again finds them, in an order that has parents be
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from vllm_specplug.kernels.memory import kernel, load
 
-from .base import Float32Array, Int8Array, Int32Array
+from .base import DraftForest, Float32Array, Int8Array, Int32Array
 from .mixture import (
     DRAFT_CANDIDATES,
     HISTORY_MASK,
@@ -92,25 +92,27 @@ class Forest(NamedTuple):
 def new_nodes() -> Nodes:
     """Room for one draft."""
     size = MAX_DRAFT + 2
+    floats = {"prob", "next_prob"}
+    fields: dict[str, Any] = {n: np.zeros(size, np.float64 if n in floats else np.int64) for n in Nodes._fields}
+    return Nodes(**fields | {"tokens": np.zeros((size, 3), np.int64)})
 
-    def ints() -> Int64Array:
-        return np.zeros(size, np.int64)
 
-    return Nodes(
-        *(ints() for _ in range(6)),
-        np.zeros((size, 3), np.int64),
-        np.zeros(size),
-        *(ints() for _ in range(3)),
-        np.zeros(size),
-        *(ints() for _ in range(4)),
-    )
+def new_forest(size: int) -> Forest:
+    """Output arrays for ``size`` nodes."""
+    ints = np.empty((2, size), np.int32)
+    return Forest(ints[0], ints[1], np.empty(size, np.float32), np.empty(size, np.int8))
+
+
+def cut(out: Forest, size: int, offsets: Int32Array) -> DraftForest:
+    """The first ``size`` nodes."""
+    return DraftForest(out.tokens[:size], out.parents[:size], out.probs[:size], out.sources[:size], offsets)
 
 
 @kernel
 def token_back(per: Slots, slot: int, back: int) -> int:
     """The token ``back`` places before the end of a slot's text (1: the last); -1 if there is none."""
     size = per.size[slot]
-    return load(per.text[slot], size - back) if back <= size else np.int64(-1)
+    return int(load(per.text[slot], size - back)) if back <= size else -1
 
 
 @kernel

@@ -111,3 +111,13 @@ def test_clear_forgets() -> None:
     learn(table, [1])
     table.clear()
     assert table.row(0, [1]) == table.row(0, []) == {}
+
+
+def test_a_row_that_repeats_a_token_is_left_out() -> None:
+    table = RecyclingTable(1 << 16)
+    twice = GUESSES.copy()
+    twice[0, 5] = twice[0, 1]
+    learn(table, [1], twice)
+    assert table.row(0, [1]) == table.row(0, []) == {}
+    learn(table, [1], twice, width=5)
+    assert list(table.row(0, [1])) == GUESSES[0, :5].tolist()

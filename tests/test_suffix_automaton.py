@@ -185,7 +185,8 @@ def test_sequences_may_take_turns(prompt: list[int], turns: list[tuple[int, list
         for start in range(len(text)):
             for end in range(start + 1, len(text) + 1):
                 following = automaton.edges(walk(automaton, text[start:end]))
-                spots = [(t, i + end - start) for t in texts for i in range(len(t)) if t[i:][: end - start] == text[start:end]]
+                part, size = text[start:end], end - start
+                spots = [(t, i + size) for t in texts for i in range(len(t)) if t[i : i + size] == part]
                 assert set(following) == {t[at] for t, at in spots if at < len(t)}
 
 
