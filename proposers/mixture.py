@@ -332,7 +332,7 @@ def predict(
         weight = np.float64(by_match[slot] + by_history[slot])
         scratch.weight[i] = weight
         base += weight * mix.stretch[scratch.absent[i]]
-    group = np.int64(0)
+    group: Any = 0
     if m > 0:
         group = (scratch.absent[0] - scratch.first[0] + 1) * _GROUPS
     if n > m:

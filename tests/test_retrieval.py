@@ -64,7 +64,7 @@ def test_drafts_continue_the_requests_own_text() -> None:
 
 
 def test_drafts_continue_earlier_outputs_but_not_prompts() -> None:
-    proposer = make(min_prob=0.01)
+    proposer = make(min_prob=0.001)
     finish(proposer, 0, [91, 92, 93, 94], PHRASE)
     proposer.add_request(Request(0, "b", ints(5, 6, *PHRASE[:4])))
     forest = proposer.propose(ints(0), ints(4))
