@@ -1,4 +1,4 @@
-"""End to end, a real engine per arm: no speculation, vLLM's ngram and suffix, and Retrieval, on the same prompts.
+"""End to end, a real engine per arm: no speculation, vLLM's ngram and suffix, and our proposers, on the same prompts.
 
     python benchmarks/bench_end_to_end.py [--prompts spec_bench.jsonl] [--per-task 20] [--mode eager|compiled]
 
@@ -9,13 +9,15 @@ disturbs all arms. Time is decode time, from a block's first token to its last. 
 ``--prompts`` takes Spec-Bench's questions (``question_id``, ``category``, ``turns``; only first turns are sent, and
 the eight MT-Bench categories are grouped as ``multi_turn``) or lines of ``id``, ``task``, ``prompt``; without it, the
 demo's bundled prompts are used. Arms: none, ngram (K=5, 2-4), suffix8 (K=8, factor 2), suffix16 (K=16, vLLM's
-defaults), retrieval. The suffix arms need arctic-inference: see ``benchmarks/install_suffix_peer.sh``.
+defaults), and ours: PROPOSER[:K[:MIN_PROB]], as in Auto, Auto:16 or Retrieval:8:0.1. The suffix arms need
+arctic-inference: see ``benchmarks/install_suffix_peer.sh``.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import datetime
 import json
 import random
@@ -27,13 +29,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_specplug import registry
 from vllm_specplug.ab import arms, environment, report
 from vllm_specplug.cli.demo import load_workload
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "end_to_end.csv"
 MULTI_TURN = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
-ARMS = ("none", "ngram", "suffix8", "suffix16", "retrieval")
+ARMS = ("none", "ngram", "suffix8", "suffix16")
+DEFAULT_ARMS = ",".join((*ARMS, "Retrieval", "Auto"))
 TOTAL = "total"
 
 
@@ -73,6 +77,24 @@ def into_blocks(rows: Sequence[dict[str, str]], size: int) -> list[tuple[str, li
     return [(task, queue[i]) for i in range(longest) for task, queue in queues.items() if i < len(queue)]
 
 
+def our_arm(name: str, args: argparse.Namespace) -> arms.Arm:
+    """The arm of ``PROPOSER[:K[:MIN_PROB]]``."""
+    proposer, *settings = name.split(":")
+    known = registry.proposers()
+    try:
+        section = known[proposer].section
+        tokens = int(settings[0]) if settings else args.spec_tokens
+        options = {k: dict(v) for k, v in args.options.items()}
+        if len(settings) > 1:
+            options.setdefault(section, {})["min_prob"] = float(settings[1])
+    except (ValueError, KeyError):
+        ours = ", ".join(f"{p}[:K[:MIN_PROB]]" for p in known)
+        raise SystemExit(f"--arms: unknown arm {name!r}; allowed: {', '.join(ARMS)}, {ours}") from None
+    arm = arms.specplug(proposer, tokens, options)
+    title = f"specplug {proposer} (K={tokens}{', p=' + settings[1] if len(settings) > 1 else ''})"
+    return dataclasses.replace(arm, name=name.lower(), title=title)
+
+
 def build_arms(names: Iterable[str], args: argparse.Namespace) -> list[arms.Arm]:
     """The arms called ``names``, without those that cannot run here; says which and why."""
     made = {
@@ -80,12 +102,11 @@ def build_arms(names: Iterable[str], args: argparse.Namespace) -> list[arms.Arm]
         "ngram": arms.ngram(),
         "suffix8": arms.suffix(8, 2.0),
         "suffix16": arms.suffix(16),
-        "retrieval": arms.specplug("Retrieval", args.spec_tokens, args.options),
     }
     chosen = []
     for name in names:
         if name not in made:
-            raise SystemExit(f"--arms: unknown arm {name!r}; allowed: {', '.join(ARMS)}")
+            made[name] = our_arm(name, args)
         if name.startswith("suffix") and not environment.has_module("arctic_inference"):
             print(f"skipping {name}: arctic-inference is not installed (benchmarks/install_suffix_peer.sh)")
             continue
@@ -169,8 +190,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, help="JSON lines; default: the demo's prompts")
     parser.add_argument("--per-task", type=int, metavar="N", help="sample N prompts of each task (default: all)")
-    parser.add_argument("--arms", default=",".join(ARMS), help="default: %(default)s")
-    parser.add_argument("--spec-tokens", type=int, default=8, metavar="K", help="Retrieval's (default: %(default)s)")
+    parser.add_argument("--arms", default=DEFAULT_ARMS, help="default: %(default)s")
+    parser.add_argument("--spec-tokens", type=int, default=8, metavar="K", help="of our arms that name none (default: %(default)s)")
     parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="the plugin's options")
     parser.add_argument("--mode", choices=("eager", "compiled"), default="eager")
     parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="prompts sent together")
