@@ -191,7 +191,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, help="JSON lines; default: the demo's prompts")
     parser.add_argument("--per-task", type=int, metavar="N", help="sample N prompts of each task (default: all)")
     parser.add_argument("--arms", default=DEFAULT_ARMS, help="default: %(default)s")
-    parser.add_argument("--spec-tokens", type=int, default=8, metavar="K", help="of our arms that name none (default: %(default)s)")
+    parser.add_argument("--spec-tokens", type=int, default=8, metavar="K", help="where an arm of ours names none")
     parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="the plugin's options")
     parser.add_argument("--mode", choices=("eager", "compiled"), default="eager")
     parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="prompts sent together")

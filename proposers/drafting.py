@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -233,6 +234,8 @@ def as_int32(name: str, value: npt.ArrayLike | None) -> Int32Array:
 
 class Drafter(Proposer):
     """Base of this package's proposers."""
+
+    bounds_depth: ClassVar[bool] = True
 
     def __init__(self, sources: Sources, min_prob: float, tree: bool, candidates: int = MAX_CANDIDATES) -> None:
         """``candidates``: children considered per node of a tree."""

@@ -106,9 +106,11 @@ class _Slots:
 class Lifecycle:
     """Drives one proposer. All calls come from the engine's step, one thread."""
 
-    def __init__(self, proposer: Proposer, vocab_size: int) -> None:
+    def __init__(self, proposer: Proposer, vocab_size: int, max_model_len: int = 1 << 30) -> None:
+        """``max_model_len``: most tokens a request can have rows for, draft nodes included."""
         self.proposer = proposer
         self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
         self.counters = Counters()
         #: Branching drafts the engine holds, by request id; chains need not be remembered.
         self.trees: dict[str, KeptTree] = {}
@@ -152,8 +154,12 @@ class Lifecycle:
         known = seen & ~behind & ~slots.off[slot]
         if known.any():
             self._observe(self._result(batch, slot, lengths, known))
-        room = np.minimum(batch.limits, slots.bound[slot] - batch.totals - 1)
-        active = ~slots.off[slot] & ~slots.muted[slot] & (room > 0)
+        left = slots.bound[slot] - batch.totals - 1
+        most = left
+        if self.proposer.bounds_depth:
+            most = np.where(slots.branching[slot], self.max_model_len - batch.totals - 1, left)
+        room = np.minimum(batch.limits, most)
+        active = ~slots.off[slot] & ~slots.muted[slot] & (left > 0) & (room > 0)
         drafts: list[list[int]] = [[] for _ in range(n)]
         if active.any():
             index = np.flatnonzero(active)

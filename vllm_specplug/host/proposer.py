@@ -29,6 +29,7 @@ from vllm_specplug.host import (
 )
 from vllm_specplug.host.lifecycle import Lifecycle, Rows, TopK
 from vllm_specplug.host.trees import TreeHost
+from vllm_specplug.kernels.logits_topk import LogitsTopK
 from vllm_specplug.proposers.base import Int32Array, Request
 
 logger = logging.getLogger("vllm.specplug")
@@ -57,11 +58,13 @@ class HostProposer:
         user = registry.parse_options(vllm_config.additional_config)
         self.max_draft_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
         self.max_model_len = int(vllm_config.model_config.max_model_len)
+        self._dtype = vllm_config.model_config.dtype
         inner = self.entry.load()(user.section(self.entry))
-        self.lifecycle = Lifecycle(inner, int(vllm_config.model_config.get_vocab_size()))
+        self.lifecycle = Lifecycle(inner, int(vllm_config.model_config.get_vocab_size()), self.max_model_len)
         self._drafts = user.general.enabled and _reports_to_scheduler(vllm_config.parallel_config)
         # Before the model's layers are made, which is when they choose their attention.
         self.trees = TreeHost(vllm_config, self._drafts, user.general.enabled)
+        self._read_topk = LogitsTopK(inner.topk)
         self._topk: tuple[np.ndarray, np.ndarray] | None = None
         self._discarded: dict[int, torch.Tensor] = {}
         #: Requests that may get no drafts or chains only, by reason.
@@ -76,6 +79,8 @@ class HostProposer:
         forests.warm_up()
         self.lifecycle.proposer.warm_up()
         verification.warm_up()
+        if self.lifecycle.proposer.wants_topk:
+            self._read_topk(torch.zeros((1, 64), dtype=self._dtype))
         logger.info(
             "vllm-specplug: proposer %s is ready (at most %d draft tokens per request and step, warm-up %.1f s).%s",
             self.lifecycle.proposer.name,
@@ -131,9 +136,9 @@ class HostProposer:
             # costs time, and with a top-k and no top-p in the batch it ends the engine on CPUs: ``max()`` of no rows
             # (v1/sample/ops/topk_topp_sampler.py:apply_top_k_only).
             return original(runner, logits, None)
-        verified = verification.verify(
-            runner, logits, spec_decode_metadata, self.row_parents(runner, spec_decode_metadata)
-        )
+        likeliest = None if self._topk is None else self._topk[0][:, 0]
+        parents = self.row_parents(runner, spec_decode_metadata)
+        verified = verification.verify(runner, logits, spec_decode_metadata, parents, likeliest)
         self.after_verify(runner, verified)
         return verified.output
 
@@ -145,9 +150,7 @@ class HostProposer:
         """Keep the target's top-k of every verified row, where the proposer asks for it."""
         if not self._drafts or logits is None or not self.lifecycle.proposer.wants_topk:
             return
-        values, ids = torch.topk(logits.float(), self.lifecycle.proposer.topk, dim=-1)
-        values -= torch.logsumexp(logits.float(), dim=-1, keepdim=True)
-        self._topk = (ids.to(torch.int32).cpu().numpy(), values.cpu().numpy())
+        self._topk = self._read_topk(logits)
 
     def draft(
         self, runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]], spec_decode_metadata: Any

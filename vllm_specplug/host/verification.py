@@ -87,7 +87,13 @@ def sample_plainly(metadata: Any) -> None:
         holder.in_spec_mode = False
 
 
-def verify(runner: Any, logits: torch.Tensor, spec_decode_metadata: Any, row_parents: Int32Array | None) -> Verified:
+def verify(
+    runner: Any,
+    logits: torch.Tensor,
+    spec_decode_metadata: Any,
+    row_parents: Int32Array | None,
+    likeliest: Int32Array | None = None,
+) -> Verified:
     """Emit the tokens of a step that has drafts.
 
     Args:
@@ -96,6 +102,7 @@ def verify(runner: Any, logits: torch.Tensor, spec_decode_metadata: Any, row_par
             modified.
         spec_decode_metadata: vLLM's ``SpecDecodeMetadata`` of the step.
         row_parents: ``int32[R]`` each row's parent among its request's rows, -1 for the first; None: all are chains.
+        likeliest: ``int32[R]`` the likeliest token of each row, of equally likely ones the first, if it is known.
     """
     batch = _Batch(
         np.array(spec_decode_metadata.num_draft_tokens, np.int32),
@@ -104,7 +111,7 @@ def verify(runner: Any, logits: torch.Tensor, spec_decode_metadata: Any, row_par
     )
     metadata = runner.input_batch.sampling_metadata
     if _is_argmax(metadata):
-        return _greedy(runner.sampler, logits, batch)
+        return _greedy(runner.sampler, logits, batch, likeliest)
     return _by_level(runner.sampler, logits, metadata, batch)
 
 
@@ -123,8 +130,10 @@ def _is_argmax(metadata: Any) -> bool:
     )
 
 
-def _greedy(sampler: Any, logits: torch.Tensor, batch: _Batch) -> Verified:
-    if logits.dtype == torch.float32 or logits.device.type != "cpu":
+def _greedy(sampler: Any, logits: torch.Tensor, batch: _Batch, likeliest: Int32Array | None) -> Verified:
+    if likeliest is not None:
+        drawn = torch.from_numpy(likeliest.astype(np.int64))
+    elif logits.dtype == torch.float32 or logits.device.type != "cpu":
         drawn = sampler.greedy_sample(logits.to(torch.float32))
     else:
         converted = torch.empty((_CONVERTED_ROWS, logits.shape[1]), dtype=torch.float32)
