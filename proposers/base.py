@@ -160,8 +160,8 @@ class Proposer(abc.ABC):
     wants_topk: ClassVar[bool] = False
     #: How many, where ``wants_topk`` is set.
     topk: int = 8
-    #: True if its trees are never deeper than :attr:`Request.max_tokens` allows. Then the host gives it room for as many
-    #: nodes as ever; else no more than the request has tokens left.
+    #: True if its trees are never deeper than :attr:`Request.max_tokens` allows. Then the host lets it draft as many
+    #: nodes as ever; else no more than the request has tokens left to emit.
     bounds_depth: ClassVar[bool] = False
     #: False for proposers whose use changes the output distribution.
     lossless: ClassVar[bool] = True

@@ -343,13 +343,19 @@ class Drafter(Proposer):
             self._outputs.add(live.namespace, output)
             self._find_stores(self._live)
 
-    def _make_room(self, slot: int) -> None:
-        """Whatever of a request's memory may be full grows."""
+    def _make_room(self, slots: Iterable[int]) -> None:
+        """Whatever of these requests' memory may be full grows, what siblings share only once."""
+        grown: set[int] = set()
+        for slot in slots:
+            self._make_room_for(slot, grown)
+
+    def _make_room_for(self, slot: int, grown: set[int]) -> None:
         live, per = self._live[slot], self._slots
         if per.size[slot] == per.room[slot]:
             live.text = np.concatenate([live.text, np.empty(len(live.text), np.int32)])
             per.text[slot], per.room[slot] = live.text.ctypes.data, len(live.text)
-        elif live.automaton is not None:
+        elif live.automaton is not None and id(live.automaton) not in grown:
+            grown.add(id(live.automaton))
             live.automaton.grow()
             for member in self._groups[live.group].slots if live.group else (slot,):
                 per.block[member] = live.automaton.address
@@ -367,8 +373,7 @@ class Drafter(Proposer):
         while _observe(
             self._mix, self._scratch, table, self._sources.orders, self._slots, slots, tokens, offsets, done
         ):
-            for i in np.flatnonzero(done < np.diff(offsets)):
-                self._make_room(int(slots[i]))
+            self._make_room(slots[done < np.diff(offsets)].tolist())
         if rows is not None:
             _recycle(
                 table,

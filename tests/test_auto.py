@@ -152,6 +152,22 @@ def test_siblings_grow_together_and_can_be_kept_apart() -> None:
     assert together.stats()["context_bytes"] < apart.stats()["context_bytes"]
 
 
+def test_shared_memory_grows_once_however_many_siblings_need_it() -> None:
+    proposer = make(store=False, recycling=False)
+    for slot in range(8):
+        sample(proposer, slot, "g")
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        tokens = rng.integers(0, 5000, size=8 * 4).astype(np.int32)
+        proposer.observe(
+            StepResult(
+                ints(*range(8)), tokens, np.arange(0, 33, 4, dtype=np.int32), *ints(0, 0).repeat(8).reshape(2, 8)
+            )
+        )
+    # 1,920 tokens: an automaton and texts of a few hundred KiB.
+    assert proposer.stats()["context_bytes"] < 1 << 20
+
+
 def test_a_sample_that_resumes_with_output_keeps_its_own_text() -> None:
     proposer = make(min_prob=0.05, store=False, recycling=False)
     sample(proposer, 0, "g")
