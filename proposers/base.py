@@ -19,10 +19,11 @@ Float32Array = npt.NDArray[np.float32]
 Int8Array = npt.NDArray[np.int8]
 
 #: ``DraftForest.source`` values: which source a draft token came from. New sources take the next number.
-SOURCE_NAMES = ("context", "store", "recycling")
+SOURCE_NAMES = ("context", "store", "recycling", "siblings")
 SOURCE_CONTEXT = 0  # this request's own prompt and output
 SOURCE_STORE = 1  # outputs of earlier requests
 SOURCE_RECYCLING = 2  # the target's own second guesses at earlier rows
+SOURCE_SIBLINGS = 3  # what samples of the same prompt have written so far
 
 
 @dataclass(frozen=True, slots=True)

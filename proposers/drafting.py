@@ -78,13 +78,20 @@ def _observe(
         slot = slots[i]
         block, store_block, habits = per.block[slot], per.store[slot], per.habits[slot]
         last, state, matched, history = per.last[slot], per.state[slot], per.matched[slot], per.history[slot]
+        sibling, common = per.sibling[slot], per.sibling_last[slot]
         if store_block != 0:
             state = settle(store_block, state, matched)
         for at in range(offsets[i] + done[i], offsets[i + 1]):
             token = np.int64(tokens[at])
             if block != 0:
                 store(block, LAST, last)
-            if per.size[slot] == per.room[slot] or (block != 0 and not has_room(block, token)):
+            if sibling != 0:
+                store(sibling, LAST, common)
+            if (
+                per.size[slot] == per.room[slot]
+                or (block != 0 and not has_room(block, token))
+                or (sibling != 0 and not has_room(sibling, token))
+            ):
                 full += 1
                 break
             done[i] += 1
@@ -99,8 +106,22 @@ def _observe(
                     token_back(per, slot, 3),
                     scratch.row,
                 )
+                shared = load(record(sibling, common), LEN) if sibling != 0 else np.int64(0)
                 k, best = predict(
-                    mix, scratch, habits, block, last, length, store_block, state, matched, history, LEARNED
+                    mix,
+                    scratch,
+                    habits,
+                    block,
+                    last,
+                    length,
+                    store_block,
+                    state,
+                    matched,
+                    sibling,
+                    common,
+                    shared,
+                    history,
+                    LEARNED,
                 )
                 learn(mix, scratch, habits, token)
                 hit = 1 if k > 0 and scratch.token[best] == token else 0
@@ -111,9 +132,13 @@ def _observe(
             if block != 0:
                 extend(block, token)
                 last = load(block, LAST)
+            if sibling != 0:
+                extend(sibling, token)
+                common = load(sibling, LAST)
             if store_block != 0:
                 state, matched = advance(store_block, state, matched, token)
         per.last[slot], per.state[slot], per.matched[slot], per.history[slot] = last, state, matched, history
+        per.sibling_last[slot] = common
     return full
 
 
@@ -200,14 +225,12 @@ def _rewalk(store_block: int, per: Slots, slot: int) -> None:
 
 
 class _Group:
-    """Requests that are samples of one prompt, and the automaton they share."""
+    """Requests that are samples of one prompt, and the automaton of what they have written."""
 
-    __slots__ = ("automaton", "prompt", "prompt_state", "slots")
+    __slots__ = ("automaton", "slots")
 
-    def __init__(self, automaton: SuffixAutomaton, prompt: Int32Array) -> None:
+    def __init__(self, automaton: SuffixAutomaton) -> None:
         self.automaton = automaton
-        self.prompt = prompt
-        self.prompt_state = automaton.last
         self.slots: set[int] = set()
 
 
@@ -289,32 +312,33 @@ class Drafter(Proposer):
         per.left[slot] = request.max_tokens - len(prompt)
         per.branching[slot] = self._tree and request.branching
         per.space[slot] = self._table.space(request.namespace) if self._sources.table_bytes else 0
-        per.history[slot] = per.block[slot] = per.last[slot] = 0
+        per.history[slot] = per.last[slot] = per.sibling_last[slot] = 0
         if self._sources.context:
-            self._add_context(live, request, prompt, len(prompt) + expected)
+            live.automaton = SuffixAutomaton(len(prompt) + expected)
+            live.automaton.extend(prompt)
+            per.block[slot], per.last[slot] = live.automaton.address, live.automaton.last
+            self._join(live, request, text[live.first_output : kept], expected)
         self._epochs[slot] = -2  # no cursor yet
         moved = self._sources.store_bytes and self._outputs.open(request.namespace)
         self._find_stores(list(self._live) if moved else [slot])
 
-    def _add_context(self, live: _Live, request: Request, prompt: Int32Array, room: int) -> None:
-        """Give a request an automaton of its own text, or its siblings'."""
-        slot, name = request.slot, None
-        if self._sources.siblings and request.group is not None:
-            name = repr((request.namespace, request.group))
-        group = self._groups.get(name) if name else None
-        if group is not None and np.array_equal(group.prompt, prompt):
-            live.automaton, live.group = group.automaton, name
-            self._slots.last[slot] = group.prompt_state
-        else:
-            live.automaton = SuffixAutomaton(room)
-            live.automaton.extend(prompt)
-            self._slots.last[slot] = live.automaton.last
-            if name is not None and group is None:
-                group = self._groups[name] = _Group(live.automaton, prompt)
-                live.group = name
-        if group is not None and live.group is not None:
-            group.slots.add(slot)
-        self._slots.block[slot] = live.automaton.address
+    def _join(self, live: _Live, request: Request, output: Int32Array, room: int) -> None:
+        """Let a request see what its siblings write, and them what it writes; ``output`` is there already."""
+        if not self._sources.siblings or request.group is None:
+            return
+        live.group = repr((request.namespace, request.group))
+        if live.group not in self._groups:
+            self._groups[live.group] = _Group(SuffixAutomaton(2 * room))
+        group = self._groups[live.group]
+        group.slots.add(request.slot)
+        group.automaton.cut()
+        group.automaton.extend(output)
+        self._slots.sibling_last[request.slot] = group.automaton.last
+        self._share(group)
+
+    def _share(self, group: _Group) -> None:
+        for member in group.slots:
+            self._slots.sibling[member] = group.automaton.address
 
     def _find_stores(self, slots: Iterable[int]) -> None:
         """Look up where the stores of these requests are now; cursors that are void start anew."""
@@ -332,7 +356,7 @@ class Drafter(Proposer):
         live = self._live.pop(slot)
         per = self._slots
         output = live.text[live.first_output : per.size[slot]]
-        for field in (per.text, per.block, per.store, per.habits):
+        for field in (per.text, per.block, per.store, per.sibling, per.habits):
             field[slot] = 0
         if live.group is not None:
             members = self._groups[live.group].slots
@@ -343,22 +367,21 @@ class Drafter(Proposer):
             self._outputs.add(live.namespace, output)
             self._find_stores(self._live)
 
-    def _make_room(self, slots: Iterable[int]) -> None:
-        """Whatever of these requests' memory may be full grows, what siblings share only once."""
-        grown: set[int] = set()
-        for slot in slots:
-            self._make_room_for(slot, grown)
-
-    def _make_room_for(self, slot: int, grown: set[int]) -> None:
+    def _make_room(self, slot: int, token: int) -> None:
+        """Whatever is full of what ``token`` has to be appended to grows."""
         live, per = self._live[slot], self._slots
         if per.size[slot] == per.room[slot]:
             live.text = np.concatenate([live.text, np.empty(len(live.text), np.int32)])
             per.text[slot], per.room[slot] = live.text.ctypes.data, len(live.text)
-        elif live.automaton is not None and id(live.automaton) not in grown:
-            grown.add(id(live.automaton))
+        if live.automaton is not None and not has_room(live.automaton.address, token):
             live.automaton.grow()
-            for member in self._groups[live.group].slots if live.group else (slot,):
-                per.block[member] = live.automaton.address
+            per.block[slot] = live.automaton.address
+        if live.group is not None:
+            group = self._groups[live.group]
+            group.automaton.resume(int(per.sibling_last[slot]))
+            if not has_room(group.automaton.address, token):  # no sibling has made it grow just now
+                group.automaton.grow()
+                self._share(group)
 
     def observe(self, step: StepResult) -> None:
         """Learn from the emitted tokens. Raises ``ValueError`` for an unknown slot or inconsistent arrays."""
@@ -373,7 +396,8 @@ class Drafter(Proposer):
         while _observe(
             self._mix, self._scratch, table, self._sources.orders, self._slots, slots, tokens, offsets, done
         ):
-            self._make_room(slots[done < np.diff(offsets)].tolist())
+            for i in np.flatnonzero(done < np.diff(offsets)):
+                self._make_room(int(slots[i]), int(tokens[offsets[i] + done[i]]))
         if rows is not None:
             _recycle(
                 table,
@@ -467,10 +491,11 @@ class Drafter(Proposer):
 
     def stats(self) -> dict[str, float]:
         """Sizes: requests, bytes, tokens; and how often old outputs were evicted."""
-        automata = {id(r.automaton): r.automaton.nbytes for r in self._live.values() if r.automaton is not None}
+        automata = [r.automaton for r in self._live.values() if r.automaton is not None]
+        automata += [g.automaton for g in self._groups.values()]
         return {
             "live_requests": len(self._live),
-            "context_bytes": sum(automata.values()) + sum(r.text.nbytes for r in self._live.values()),
+            "context_bytes": sum(a.nbytes for a in automata) + sum(r.text.nbytes for r in self._live.values()),
             "store_bytes": self._outputs.nbytes,
             "store_tokens": self._outputs.num_tokens,
             "store_namespaces": self._outputs.num_namespaces,
@@ -484,7 +509,8 @@ class Drafter(Proposer):
         """Forget all requests and everything learned from them."""
         self._live.clear()
         self._groups.clear()
-        self._slots.text[:] = self._slots.block[:] = self._slots.store[:] = 0
+        for field in (self._slots.text, self._slots.block, self._slots.store, self._slots.sibling):
+            field[:] = 0
         self._outputs.clear()
         self._table.clear()
 

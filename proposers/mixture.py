@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 from vllm_specplug.kernels.memory import kernel, load, load_float, store_float
 
-from .base import SOURCE_CONTEXT, SOURCE_RECYCLING, SOURCE_STORE, Float32Array
+from .base import SOURCE_CONTEXT, SOURCE_RECYCLING, SOURCE_SIBLINGS, SOURCE_STORE, Float32Array
 from .recycling_table import IDS, ORDERS, SIZE, WIDTH, prob_byte
 from .suffix_automaton import (
     COUNT,
@@ -54,7 +54,7 @@ Float64Array = npt.NDArray[np.float64]
 # A slot is (source, length bucket): context lengths 1, 2, 3, 4, 5-6, 7-9, 10-15, 16 and more. Trust rises fast over the
 # short ones; beyond 16 matching tokens nearly every continuation holds. Then one slot per order of the top-k table.
 BUCKETS = 8
-FIRST_ROW = 2 * BUCKETS
+FIRST_ROW = 3 * BUCKETS
 SLOTS = FIRST_ROW + ORDERS
 _LENGTHS = (1, 2, 3, 4, 5.5, 8, 12, 24)
 # Buckets of how often a context occurred: 1, 2, 3, 4, 5-6, 7-10, 11-20, 21 and more.
@@ -70,7 +70,7 @@ _LIKELIHOOD_EDGES = np.array([1, 2, 4, 7, 12, 18, 27, 41, 57, 73, 97, 121, 151, 
 _LIKELIHOODS = len(_LIKELIHOOD_EDGES) + 1
 _LIKELIHOOD = np.searchsorted(_LIKELIHOOD_EDGES, np.arange(256), side="right").astype(np.int64)
 _ROW_CLASSES = _LIKELIHOODS * (WIDTH + 1)
-_FIRST_ROW_CELL = 2 * BUCKETS * TOTALS * CLASSES
+_FIRST_ROW_CELL = FIRST_ROW * TOTALS * CLASSES
 
 MAX_CANDIDATES = 24
 # Enough to know the best one, which is among the first.
@@ -143,6 +143,7 @@ class Scratch(NamedTuple):
     rank: Int64Array  # [candidates] index of its bias
     local: Int64Array  # [candidates] length bucket of the longest own context that knows it, -1: none
     stored: Int64Array  # [candidates] the same in the store
+    shared: Int64Array  # [candidates] the same in the siblings' output
     error: Float64Array  # [candidates]
     at: Int64Array  # [places] context
     of: Int64Array  # [places] candidate
@@ -154,7 +155,7 @@ def new_scratch() -> Scratch:
     """Room for one prediction."""
     sizes = {"row": ORDERS, "counts": 3, "sets": 2}
     sizes |= dict.fromkeys(("rec", "slot", "first", "absent", "sevenths", "weight", "grad", "unknown"), SLOTS)
-    sizes |= dict.fromkeys(("token", "odds", "group", "rank", "local", "stored", "error"), MAX_CANDIDATES)
+    sizes |= dict.fromkeys(("token", "odds", "group", "rank", "local", "stored", "shared", "error"), MAX_CANDIDATES)
     sizes |= dict.fromkeys(("at", "of", "cell"), _PLACES)
     floats = {"sevenths", "weight", "grad", "odds", "error"}
     fields: dict[str, Any] = {
@@ -173,8 +174,8 @@ def new_mixture() -> Mixture:
     A token of a top-k row starts nearer to even odds than the target was then. That and the biases, rounded from the
     same half, were worth 1% of modelled speed on ten samples of 24 prompts from the other.
     """
-    prob = np.zeros((2, BUCKETS, TOTALS, CLASSES), np.float32)
-    for source, power, scale in ((SOURCE_CONTEXT, 2.0, 0.5), (SOURCE_STORE, 1.5, 0.125)):
+    prob = np.zeros((3, BUCKETS, TOTALS, CLASSES), np.float32)
+    for source, (power, scale) in enumerate(((2.0, 0.5), (1.5, 0.125), (1.5, 0.25))):
         for b, length in enumerate(_LENGTHS):
             for t, n in enumerate(_TOTALS):
                 odds = scale * length * n**power
@@ -294,17 +295,21 @@ def predict(
     store: int,
     store_state: int,
     store_length: int,
+    sibling: int,
+    sibling_state: int,
+    sibling_length: int,
     history: int,
     most: int,
 ) -> tuple[int, int]:
     """Fill ``scratch`` with candidates for the next token; returns (candidates, best candidate).
 
-    ``local`` and ``store`` are automata (0: none) with the cursor (state, length) of the text's end in each, and
-    ``scratch.row`` the top-k rows; ``habits`` the address of the namespace's ``float32[HABITS]`` (0: none). At most
+    ``local``, ``store`` and ``sibling`` are automata (0: none), each with the cursor (state, length) of the text in it,
+    and ``scratch.row`` the top-k rows; ``habits`` the address of the namespace's ``float32[HABITS]`` (0: none). At most
     ``most`` candidates: every context's best continuation, then the second ones, and so on.
     """
     m = _contexts(scratch, 0, local, local_state, local_length, 0) if local != 0 else 0
-    n = _contexts(scratch, m, store, store_state, store_length, BUCKETS) if store != 0 else m
+    s = _contexts(scratch, m, store, store_state, store_length, BUCKETS) if store != 0 else m
+    n = _contexts(scratch, s, sibling, sibling_state, sibling_length, 2 * BUCKETS) if sibling != 0 else s
     contexts, rank_code = n, np.int64(0)
     for back in range(ORDERS):
         o = ORDERS - 1 - back
@@ -321,8 +326,8 @@ def predict(
     match = 0
     if m > 0:
         match = int(scratch.slot[0] + 1) * (BUCKETS + 1)
-    if n > m:
-        match += int(scratch.slot[m]) - BUCKETS + 1
+    if n > m:  # the store's longest context, or the siblings' if it has none
+        match += int(scratch.slot[m]) % BUCKETS + 1
     scratch.sets[0] = match
     scratch.sets[1] = _MATCHES + (history & HISTORY_MASK)
     by_match, by_history = mix.weights[scratch.sets[0]], mix.weights[scratch.sets[1]]
@@ -359,7 +364,7 @@ def predict(
                 scratch.odds[j] = base
                 scratch.group[j] = group
                 scratch.rank[j] = rank_code
-                scratch.local[j] = scratch.stored[j] = -1
+                scratch.local[j] = scratch.stored[j] = scratch.shared[j] = -1
             slot = scratch.slot[i]
             if i < n:
                 total = load(rec, TOTAL)
@@ -370,8 +375,10 @@ def predict(
                 cell = scratch.first[i] + cls
                 if i < m:
                     scratch.local[j] = max(scratch.local[j], slot)
-                else:
+                elif i < s:
                     scratch.stored[j] = max(scratch.stored[j], slot - BUCKETS)
+                else:
+                    scratch.shared[j] = max(scratch.shared[j], slot - 2 * BUCKETS)
                 if i == 0 and m > 0:
                     scratch.group[j] += (_group(cls) - (scratch.absent[0] - scratch.first[0] + 1)) * _GROUPS
                 elif i == m:
@@ -461,7 +468,9 @@ def learn(mix: Mixture, scratch: Scratch, habits: int, token: int) -> None:
 @kernel
 def source_of(scratch: Scratch, candidate: int) -> int:
     """Which source knows a candidate in the longer context; the request's own text on a tie."""
-    local, stored = scratch.local[candidate], scratch.stored[candidate]
-    if local < 0 and stored < 0:
+    local, stored, shared = scratch.local[candidate], scratch.stored[candidate], scratch.shared[candidate]
+    if local < 0 and stored < 0 and shared < 0:
         return SOURCE_RECYCLING
-    return SOURCE_CONTEXT if local >= stored else SOURCE_STORE
+    if local >= stored and local >= shared:
+        return SOURCE_CONTEXT
+    return SOURCE_SIBLINGS if shared >= stored else SOURCE_STORE

@@ -49,6 +49,8 @@ class Slots(NamedTuple):
     block: Int64Array  # address of the automaton of its own text, 0 if there is none
     last: Int64Array  # state of the whole text in it
     store: Int64Array  # address of its namespace's automaton, 0 if there is none
+    sibling: Int64Array  # address of the automaton of its siblings' output and its own, 0 if there is none
+    sibling_last: Int64Array  # state of its own output in it
     habits: Int64Array  # address of its namespace's habits, 0 if there are none
     state: Int64Array  # cursor into the store: state and
     matched: Int64Array  # matched tokens
@@ -65,6 +67,8 @@ class Nodes(NamedTuple):
     length: Int64Array  # matched tokens
     store: Int64Array  # the same in the store
     matched: Int64Array
+    sibling: Int64Array  # and in the siblings' output
+    common: Int64Array
     history: Int64Array
     depth: Int64Array
     tokens: Int64Array  # [nodes, 3] last tokens of the path, newest first; -1: none
@@ -123,6 +127,9 @@ def plant(nodes: Nodes, per: Slots, slot: int) -> None:
     nodes.length[0] = load(record(block, per.last[slot]), LEN) if block != 0 else np.int64(0)
     nodes.matched[0] = per.matched[slot]
     nodes.store[0] = settle(store, per.state[slot], per.matched[slot]) if store != 0 else np.int64(0)
+    sibling = per.sibling[slot]
+    nodes.sibling[0] = per.sibling_last[slot]
+    nodes.common[0] = load(record(sibling, per.sibling_last[slot]), LEN) if sibling != 0 else np.int64(0)
     nodes.history[0] = per.history[slot]
     nodes.depth[0] = 0
     nodes.prob[0] = 1.0
@@ -149,6 +156,9 @@ def _open(nodes: Nodes, per: Slots, slot: int, node: int) -> None:
         nodes.local[node], nodes.length[node] = advance(block, nodes.local[parent], nodes.length[parent], token)
     if store != 0:
         nodes.store[node], nodes.matched[node] = advance(store, nodes.store[parent], nodes.matched[parent], token)
+    sibling = per.sibling[slot]
+    if sibling != 0:
+        nodes.sibling[node], nodes.common[node] = advance(sibling, nodes.sibling[parent], nodes.common[parent], token)
     nodes.history[node] = (nodes.history[parent] << 1 | nodes.best[node]) & HISTORY_MASK
     nodes.tokens[node, 0] = token
     nodes.tokens[node, 1] = nodes.tokens[parent, 0]
@@ -185,6 +195,9 @@ def foresee(
         per.store[slot],
         nodes.store[node],
         nodes.matched[node],
+        per.sibling[slot],
+        nodes.sibling[node],
+        nodes.common[node],
         nodes.history[node],
         most,
     )
