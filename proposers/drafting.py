@@ -190,6 +190,37 @@ def _recycle(
 
 
 @kernel
+def _all_live(per: Slots, slots: Int32Array) -> bool:
+    for i in range(len(slots)):  # noqa: SIM110 - Numba compiles no generators
+        if slots[i] < 0 or slots[i] >= len(per.text) or per.text[slots[i]] == 0:
+            return False
+    return True
+
+
+@kernel
+def _sound(per: Slots, slots: Int32Array, offsets: Int32Array, size: int) -> bool:
+    """Whether all slots have requests, and ``offsets`` cuts ``size`` things into as many parts."""
+    if len(offsets) != len(slots) + 1 or offsets[0] < 0 or offsets[len(slots)] > size:
+        return False
+    for i in range(len(slots)):
+        if offsets[i] > offsets[i + 1]:
+            return False
+    return _all_live(per, slots)
+
+
+@kernel
+def _hangs_together(offsets: Int32Array, parents: Int32Array, most: int) -> bool:
+    """Whether every row's parent is an earlier row of its request, and no request has more than ``most`` rows."""
+    for i in range(len(offsets) - 1):
+        if offsets[i + 1] - offsets[i] > most:
+            return False
+        for row in range(offsets[i], offsets[i + 1]):
+            if parents[row] < -1 or parents[row] >= row - offsets[i]:
+                return False
+    return True
+
+
+@kernel
 def _propose(
     mix: Mixture,
     scratch: Scratch,
@@ -249,6 +280,8 @@ class _Live:
 
 def as_int32(name: str, value: npt.ArrayLike | None) -> Int32Array:
     """``value`` as a contiguous ``int32[n]``. Raises ``ValueError`` if it is no such thing."""
+    if type(value) is np.ndarray and value.dtype == np.int32 and value.ndim == 1 and value.flags.c_contiguous:
+        return value
     array = np.asarray(value)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"{name} must be a one-dimensional array of whole numbers, got {array.dtype}{array.shape}")
@@ -387,10 +420,11 @@ class Drafter(Proposer):
         """Learn from the emitted tokens. Raises ``ValueError`` for an unknown slot or inconsistent arrays."""
         slots, tokens = as_int32("slots", step.slots), as_int32("tokens", step.tokens)
         offsets = as_int32("offsets", step.offsets)
-        self._check(slots)
-        _check_offsets("offsets", offsets, len(slots), "tokens", len(tokens))
+        if not _sound(self._slots, slots, offsets, len(tokens)):
+            self._check(slots)
+            _check_offsets("offsets", offsets, len(slots), "tokens", len(tokens))
         recycles = self._sources.table_bytes > 0 and step.row_tokens is not None
-        rows = self._check_rows(step, len(slots)) if recycles else None
+        rows = self._check_rows(step, slots) if recycles else None
         table = self._table.view
         done = np.zeros(len(slots), np.int32)
         while _observe(
@@ -412,11 +446,12 @@ class Drafter(Proposer):
             )
 
     def _check_rows(
-        self, step: StepResult, n: int
+        self, step: StepResult, slots: Int32Array
     ) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array, Float32Array]:
         tokens, offsets = as_int32("row_tokens", step.row_tokens), as_int32("row_offsets", step.row_offsets)
         parents = as_int32("row_parents", step.row_parents)
-        _check_offsets("row_offsets", offsets, n, "rows", len(tokens))
+        if not _sound(self._slots, slots, offsets, len(tokens)):
+            _check_offsets("row_offsets", offsets, len(slots), "rows", len(tokens))
         ids = np.ascontiguousarray(step.topk_ids, np.int32)
         logprobs = np.ascontiguousarray(step.topk_logprobs, np.float32)
         if len(parents) != len(tokens) or ids.shape != logprobs.shape or ids.ndim != 2 or len(ids) != len(tokens):
@@ -424,17 +459,15 @@ class Drafter(Proposer):
                 f"row_parents {parents.shape}, topk_ids {ids.shape} and topk_logprobs {logprobs.shape} "
                 f"do not describe {len(tokens)} rows"
             )
-        sizes = np.diff(offsets)
-        inside = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], sizes)
-        mine = parents[offsets[0] : offsets[-1]]
-        if sizes.max(initial=0) > len(self._depth) or (mine >= inside).any() or (mine < -1).any():
+        if not _hangs_together(offsets, parents, len(self._depth)):
             raise ValueError("row_parents must name an earlier row of the same request, or -1")
         return tokens, offsets, parents, ids, logprobs
 
     def _limits(self, slots: Int32Array, limits: Int32Array) -> tuple[Int32Array, Int32Array]:
         """Arguments of :meth:`propose`, checked."""
         slots, limits = as_int32("slots", slots), as_int32("limits", limits)
-        self._check(slots)
+        if not _all_live(self._slots, slots):
+            self._check(slots)
         if len(limits) != len(slots) or (limits < 0).any():
             raise ValueError(f"limits {limits!r} for {len(slots)} requests")
         return slots, np.minimum(limits, MAX_DRAFT)

@@ -186,3 +186,16 @@ def test_random_plans():
         assert (found[0].tolist(), found[1].tolist(), found[2]) == (sources, targets, accepted)
         assert all(t < s for s, t in zip(sources, targets, strict=True))
     assert branching > 150
+
+
+def test_rows_of_some_requests_are_gathered():
+    """Three requests with 2, 0 and 1 draft tokens, of which the middle one is part of the way through its prompt."""
+    verified, index = np.array([2, 0, 1], np.int32), np.array([0, 2], np.int32)
+    drafted, roots = np.array([11, 12, 31], np.int64), np.array([10, 30], np.int32)
+    tree = np.array([-1, 0, 0, -1, -1, 0], np.int32)
+    for parents, first in ((tree, [-1, 0, 0]), (None, [-1, 0, 1])):
+        tokens, offsets, own, rows = tree_plan.gather_rows(verified, index, drafted, roots, parents)
+        assert tokens.tolist() == [10, 11, 12, 30, 31]
+        assert offsets.tolist() == [0, 3, 5]
+        assert own.tolist() == [*first, -1, 0]
+        assert rows.tolist() == [0, 1, 2, 4, 5]

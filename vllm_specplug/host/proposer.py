@@ -81,6 +81,8 @@ class HostProposer:
         verification.warm_up()
         if self.lifecycle.proposer.wants_topk:
             self._read_topk(torch.zeros((1, 64), dtype=self._dtype))
+            one = np.ones(1, np.int32)
+            tree_plan.gather_rows(one, one * 0, np.zeros(1, np.int64), one, None)
         logger.info(
             "vllm-specplug: proposer %s is ready (at most %d draft tokens per request and step, warm-up %.1f s).%s",
             self.lifecycle.proposer.name,
@@ -197,24 +199,20 @@ class HostProposer:
         if self._topk is None:
             return None
         (ids, logprobs), self._topk = self._topk, None
-        sizes = verified + 1
-        starts = np.cumsum(sizes) - sizes
-        tokens = np.zeros(len(ids), np.int32)
-        is_first = np.zeros(len(ids), bool)
-        is_first[starts] = True
+        drafted = tree_plan.NO_DRAFTS
         if spec_decode_metadata is not None:
-            tokens[~is_first] = spec_decode_metadata.draft_token_ids.cpu().numpy()
-        emitted = np.array([len(sampled_token_ids[i]) for i in index], np.int32)
-        tokens[starts[index]] = batch.token_ids_cpu[index, totals - emitted - 1]
-        mine = np.zeros(len(sizes), bool)
-        mine[index] = True
-        keep = np.repeat(mine, sizes)
-        offsets = np.zeros(len(index) + 1, np.int32)
-        np.cumsum(sizes[index], out=offsets[1:])
-        parents = self.trees.row_parents()
-        if parents is None:
-            parents = tree_plan.chain_parents(sizes)
-        return tokens[keep], offsets, parents[keep], ids[keep], logprobs[keep]
+            drafted = spec_decode_metadata.draft_token_ids.cpu().numpy().astype(np.int64)
+        roots = np.fromiter(
+            (batch.token_ids_cpu[i, t - len(sampled_token_ids[i]) - 1] for i, t in zip(index, totals, strict=True)),
+            np.int32,
+            len(index),
+        )
+        tokens, offsets, parents, rows = tree_plan.gather_rows(
+            verified, index, drafted, roots, self.trees.row_parents()
+        )
+        if len(rows) < len(ids):  # some requests are only part of the way through their prompt
+            ids, logprobs = ids[rows], logprobs[rows]
+        return tokens, offsets, parents, ids, logprobs
 
     def _request(self, runner: Any, row: int, request_id: str, slot: int) -> Request:
         """The engine's request in ``row``, with every token it holds now."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_specplug.host.forests import KeptTree
 from vllm_specplug.kernels.memory import kernel
@@ -39,6 +40,65 @@ def chain_parents(sizes: Int32Array) -> Int32Array:
     ends = np.cumsum(sizes, dtype=np.int32)
     total = int(ends[-1]) if len(ends) else 0
     return np.arange(-1, total - 1, dtype=np.int32) - np.repeat(ends - sizes, sizes)
+
+
+@kernel
+def _gather(
+    verified: Int32Array,
+    index: Int32Array,
+    drafted: npt.NDArray[np.int64],
+    roots: Int32Array,
+    parents: Int32Array,
+    tokens: Int32Array,
+    own_parents: Int32Array,
+    offsets: Int32Array,
+    rows: npt.NDArray[np.int64],
+) -> int:
+    size, row, draft, at = 0, 0, 0, 0
+    for i in range(len(verified)):
+        count = verified[i] + 1
+        if at < len(index) and index[at] == i:
+            for j in range(count):
+                tokens[size] = roots[at] if j == 0 else drafted[draft + j - 1]
+                own_parents[size] = parents[row + j] if len(parents) else j - 1
+                rows[size] = row + j
+                size += 1
+            at += 1
+            offsets[at] = size
+        row += count
+        draft += count - 1
+    return size
+
+
+def gather_rows(
+    verified: Int32Array,
+    index: Int32Array,
+    drafted: npt.NDArray[np.int64],
+    roots: Int32Array,
+    parents: Int32Array | None,
+) -> tuple[Int32Array, Int32Array, Int32Array, npt.NDArray[np.int64]]:
+    """The verified rows of some of a step's requests.
+
+    Args:
+        verified: ``int32[B]`` draft tokens verified of each request of the batch.
+        index: ``int32[n]`` rising; the requests that are asked for.
+        drafted: ``int64[sum(verified)]`` draft tokens.
+        roots: ``int32[n]`` last token, before the step, of the requests asked for.
+        parents: ``int32[R]`` parents of all rows; None: chains.
+
+    Returns:
+        Input tokens, offsets (``int32[n + 1]``) and parents of their rows, and where they are among all rows.
+    """
+    most = int(verified.sum()) + len(verified)
+    tokens, own = np.empty(most, np.int32), np.empty(most, np.int32)
+    offsets, rows = np.zeros(len(index) + 1, np.int32), np.empty(most, np.int64)
+    known = parents if parents is not None else _NO_PARENTS
+    size = _gather(verified, index, drafted, roots, known, tokens, own, offsets, rows)
+    return tokens[:size], offsets, own[:size], rows[:size]
+
+
+_NO_PARENTS: Int32Array = np.zeros(0, np.int32)
+NO_DRAFTS: npt.NDArray[np.int64] = np.zeros(0, np.int64)
 
 
 def row_parents_of(
