@@ -25,7 +25,7 @@ QUIET = 2> >(grep -v '^WARNING: Location .* is ignored' >&2)
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-demo: model  ## no speculation, vLLM's ngram and Retrieval on a small model: one table, and demo.json
+demo: model  ## no speculation, vLLM's ngram and Auto on a small model: one table, and demo.json
 	$(BIN)/specplug demo --model $(MODEL) --json demo.json $(ARGS)
 
 test: model  ## the tests, with the newest supported vLLM (VLLM=0.28.0: with that one)

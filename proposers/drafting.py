@@ -350,7 +350,7 @@ class Drafter(Proposer):
             live.automaton = SuffixAutomaton(len(prompt) + expected)
             live.automaton.extend(prompt)
             per.block[slot], per.last[slot] = live.automaton.address, live.automaton.last
-            self._join(live, request, text[live.first_output : kept], expected)
+        self._join(live, request, text[live.first_output : kept], expected)
         self._epochs[slot] = -2  # no cursor yet
         moved = self._sources.store_bytes and self._outputs.open(request.namespace)
         self._find_stores(list(self._live) if moved else [slot])

@@ -134,6 +134,7 @@ class TokenRecycling(Drafter):
         self.topk = options.k
         sources = Sources(
             context=False,
+            siblings=False,
             table_bytes=options.table_bytes,
             orders=1 if options.template else options.keys,
             width=options.k,

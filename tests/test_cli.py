@@ -327,15 +327,15 @@ def test_demo_prints_one_table_and_writes_the_same_as_json(
     text = capsys.readouterr().out
     assert text.count("speed-up") == 1 and "2.00x" in text and "17/17" in text
     document = json.loads((tmp_path / "out.json").read_text())
-    assert [arm["name"] for arm in document["arms"]] == ["none", "ngram", "retrieval"]
-    retrieval = document["arms"][2]
-    assert retrieval["speedup"]["value"] == pytest.approx(2.0)
-    assert retrieval["mat"] == pytest.approx(2.0) and retrieval["drafts_per_step"] == pytest.approx(3.0)
-    assert retrieval["identical"] == {"bfloat16": {"same": 17, "of": 17}, "float32": {"same": 17, "of": 17}}
-    assert set(retrieval["tasks"]) == {"chat", "summarise", "code", "maths", "retrieval"}
+    assert [arm["name"] for arm in document["arms"]] == ["none", "ngram", "auto"]
+    auto = document["arms"][2]
+    assert auto["speedup"]["value"] == pytest.approx(2.0)
+    assert auto["mat"] == pytest.approx(2.0) and auto["drafts_per_step"] == pytest.approx(3.0)
+    assert auto["identical"] == {"bfloat16": {"same": 17, "of": 17}, "float32": {"same": 17, "of": 17}}
+    assert set(auto["tasks"]) == {"chat", "summarise", "code", "maths", "retrieval"}
 
 
-@pytest.mark.parametrize("failing", ["none", "ngram", "retrieval"])
+@pytest.mark.parametrize("failing", ["none", "ngram", "auto"])
 def test_demo_keeps_the_other_arms_when_one_fails(
     failing: str,
     fake_model: Path,

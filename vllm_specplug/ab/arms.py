@@ -66,7 +66,7 @@ def suffix(tokens: int, factor: float | None = None) -> Arm:
     return Arm(f"suffix{tokens}", title, config)
 
 
-def specplug(proposer: str = "Retrieval", tokens: int = 8, options: Mapping[str, Any] | None = None) -> Arm:
+def specplug(proposer: str, tokens: int = 8, options: Mapping[str, Any] | None = None) -> Arm:
     """A proposer of this plugin, or one registered with it."""
     return Arm(
         proposer.lower(),

@@ -1,4 +1,4 @@
-"""``specplug demo``: the real engine with a small model, without speculation, with vLLM's ngram, and with Retrieval.
+"""``specplug demo``: the real engine with a small model, without speculation, with vLLM's ngram, and with Auto.
 
 Speed is measured in bfloat16, as models are served. Equality of outputs is measured in float32: in bfloat16 a step
 that verifies six rows takes other matrix kernels than a step of one row, and vLLM's own ngram changes outputs too.
@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures here")
     parser.add_argument("--model", type=Path, metavar="DIR", help="exported model; made there if it is missing")
     parser.add_argument("--max-tokens", type=int, default=96, metavar="N", help="per prompt (default: %(default)s)")
-    parser.add_argument("--spec-tokens", type=int, default=8, metavar="K", help="Retrieval's (default: %(default)s)")
+    parser.add_argument("--spec-tokens", type=int, default=8, metavar="K", help="Auto's (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one prompt of each task only: a first look, no figures")
     parser.set_defaults(run=run)
 
@@ -106,7 +106,7 @@ def _measure(
     console: Any,
 ) -> list[arms.ArmResult]:
     """Every prompt through every arm, under progress bars."""
-    compared = [arms.no_speculation(), arms.ngram(), arms.specplug(tokens=args.spec_tokens)]
+    compared = [arms.no_speculation(), arms.ngram(), arms.specplug("Auto", args.spec_tokens)]
     settings = arms.EngineSettings(model=directory, dtype=dtype)
     together = arms.available_gib() >= ARM_GIB * len(compared)
     purpose = "speed" if dtype == SPEED else "equal outputs"
