@@ -42,7 +42,7 @@ class Auto(Drafter):
 
     def __init__(self, options: AutoOptions | None = None) -> None:
         self.options = options = options or AutoOptions()
-        self.wants_topk = options.recycling  # type: ignore[misc]
+        self.wants_topk = options.recycling
         sources = Sources(
             context=options.context,
             siblings=options.siblings,

@@ -158,7 +158,7 @@ class Proposer(abc.ABC):
     #: Frozen dataclass of options (see ``vllm_specplug.options``); the proposer is built as ``cls(options)``.
     Options: ClassVar[type]
     #: True if ``observe`` needs the target's top-k at every verified row.
-    wants_topk: ClassVar[bool] = False
+    wants_topk: bool = False
     #: How many, where ``wants_topk`` is set.
     topk: int = 8
     #: True if its trees are never deeper than :attr:`Request.max_tokens` allows. Then the host lets it draft as many

@@ -7,34 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from vllm_specplug.kernels.memory import kernel, load, store
 
 from .base import DraftForest, Float32Array, Int32Array, Proposer, Request, StepResult
-from .mixture import (
-    HISTORY_MASK,
-    MAX_CANDIDATES,
-    Mixture,
-    Scratch,
-    learn,
-    new_mixture,
-    new_scratch,
-    predict,
+from .batch_steps import (
+    REWALK,
+    all_live,
+    hang_together,
+    observe_batch,
+    propose_batch,
+    recycle_batch,
+    rewalk,
+    sound,
 )
+from .mixture import MAX_CANDIDATES, new_mixture, new_scratch
 from .output_store import OutputStores
-from .recycling_table import WIDTH, RecyclingTable, Table, find_rows, recycle
-from .suffix_automaton import LAST, LEN, SuffixAutomaton, advance, extend, has_room, record, settle
-from .tree_growth import MAX_DRAFT, Forest, Nodes, Slots, cut, grow, new_forest, new_nodes, token_back
+from .recycling_table import WIDTH, RecyclingTable
+from .suffix_automaton import SuffixAutomaton, has_room
+from .tree_growth import MAX_DRAFT, Slots, cut, new_forest, new_nodes
 
 Int64Array = npt.NDArray[np.int64]
-
-# Tokens a cursor is walked over to find its place in a store: longer contexts all fall in one length bucket.
-REWALK = 32
-# Candidates learned from per emitted token; twice as many give nothing.
-LEARNED = 12
 
 
 @dataclass(frozen=True)
@@ -58,201 +53,6 @@ class Sources:
     orders: int = 3
     width: int = WIDTH
     anywhere: bool = True
-
-
-@kernel
-def _observe(
-    mix: Mixture,
-    scratch: Scratch,
-    table: Table,
-    orders: int,
-    per: Slots,
-    slots: Int32Array,
-    tokens: Int32Array,
-    offsets: Int32Array,
-    done: Int32Array,
-) -> int:
-    """Learn from emitted tokens and append them; counts in ``done``. Returns how many requests need more room."""
-    full = 0
-    for i in range(len(slots)):
-        slot = slots[i]
-        block, store_block, habits = per.block[slot], per.store[slot], per.habits[slot]
-        last, state, matched, history = per.last[slot], per.state[slot], per.matched[slot], per.history[slot]
-        sibling, common = per.sibling[slot], per.sibling_last[slot]
-        if store_block != 0:
-            state = settle(store_block, state, matched)
-        for at in range(offsets[i] + done[i], offsets[i + 1]):
-            token = np.int64(tokens[at])
-            if block != 0:
-                store(block, LAST, last)
-            if sibling != 0:
-                store(sibling, LAST, common)
-            if (
-                per.size[slot] == per.room[slot]
-                or (block != 0 and not has_room(block, token))
-                or (sibling != 0 and not has_room(sibling, token))
-            ):
-                full += 1
-                break
-            done[i] += 1
-            if token >= 0:
-                length = load(record(block, last), LEN) if block != 0 else np.int64(0)
-                find_rows(
-                    table,
-                    per.space[slot],
-                    orders,
-                    token_back(per, slot, 1),
-                    token_back(per, slot, 2),
-                    token_back(per, slot, 3),
-                    scratch.row,
-                )
-                shared = load(record(sibling, common), LEN) if sibling != 0 else np.int64(0)
-                k, best = predict(
-                    mix,
-                    scratch,
-                    habits,
-                    block,
-                    last,
-                    length,
-                    store_block,
-                    state,
-                    matched,
-                    sibling,
-                    common,
-                    shared,
-                    history,
-                    LEARNED,
-                )
-                learn(mix, scratch, habits, token)
-                hit = 1 if k > 0 and scratch.token[best] == token else 0
-                history = (history << 1 | hit) & HISTORY_MASK
-            store(per.text[slot], per.size[slot], token)
-            per.size[slot] += 1
-            per.left[slot] -= 1
-            if block != 0:
-                extend(block, token)
-                last = load(block, LAST)
-            if sibling != 0:
-                extend(sibling, token)
-                common = load(sibling, LAST)
-            if store_block != 0:
-                state, matched = advance(store_block, state, matched, token)
-        per.last[slot], per.state[slot], per.matched[slot], per.history[slot] = last, state, matched, history
-        per.sibling_last[slot] = common
-    return full
-
-
-@kernel
-def _recycle(
-    table: Table,
-    orders: int,
-    width: int,
-    per: Slots,
-    slots: Int32Array,
-    tokens: Int32Array,
-    offsets: Int32Array,
-    row_tokens: Int32Array,
-    row_offsets: Int32Array,
-    row_parents: Int32Array,
-    ids: Int32Array,
-    logprobs: Float32Array,
-    depth: Int64Array,
-) -> None:
-    """Learn every verified row; the emitted tokens are in the texts already. ``depth``: scratch, -1: not accepted."""
-    for i in range(len(slots)):
-        slot = slots[i]
-        first, start, emitted = row_offsets[i], offsets[i], offsets[i + 1] - offsets[i]
-        second, third = token_back(per, slot, emitted + 2), token_back(per, slot, emitted + 3)
-        for row in range(first, row_offsets[i + 1]):
-            own, parent, here = np.int64(row_tokens[row]), row_parents[row], row - first
-            if parent < 0:
-                depth[here] = 0
-                recycle(table, per.space[slot], orders, width, own, second, third, ids, logprobs, row, True)
-                continue
-            above = depth[parent]
-            accepted = above >= 0 and above < emitted - 1 and own == tokens[start + above]
-            depth[here] = above + 1 if accepted else -1
-            grand = row_parents[first + parent]
-            before = np.int64(row_tokens[first + grand]) if grand >= 0 else second
-            recycle(
-                table,
-                per.space[slot],
-                orders,
-                width,
-                own,
-                np.int64(row_tokens[first + parent]),
-                before,
-                ids,
-                logprobs,
-                row,
-                accepted,
-            )
-
-
-@kernel
-def _all_live(per: Slots, slots: Int32Array) -> bool:
-    for i in range(len(slots)):  # noqa: SIM110 - Numba compiles no generators
-        if slots[i] < 0 or slots[i] >= len(per.text) or per.text[slots[i]] == 0:
-            return False
-    return True
-
-
-@kernel
-def _sound(per: Slots, slots: Int32Array, offsets: Int32Array, size: int) -> bool:
-    """Whether all slots have requests, and ``offsets`` cuts ``size`` things into as many parts."""
-    if len(offsets) != len(slots) + 1 or offsets[0] < 0 or offsets[len(slots)] > size:
-        return False
-    for i in range(len(slots)):
-        if offsets[i] > offsets[i + 1]:
-            return False
-    return _all_live(per, slots)
-
-
-@kernel
-def _hangs_together(offsets: Int32Array, parents: Int32Array, most: int) -> bool:
-    """Whether every row's parent is an earlier row of its request, and no request has more than ``most`` rows."""
-    for i in range(len(offsets) - 1):
-        if offsets[i + 1] - offsets[i] > most:
-            return False
-        for row in range(offsets[i], offsets[i + 1]):
-            if parents[row] < -1 or parents[row] >= row - offsets[i]:
-                return False
-    return True
-
-
-@kernel
-def _propose(
-    mix: Mixture,
-    scratch: Scratch,
-    nodes: Nodes,
-    table: Table,
-    orders: int,
-    per: Slots,
-    slots: Int32Array,
-    limits: Int32Array,
-    min_prob: float,
-    most: int,
-    out: Forest,
-    offsets: Int32Array,
-) -> int:
-    """Draft for a batch; returns the number of nodes."""
-    size = 0
-    for i in range(len(slots)):
-        size += grow(mix, scratch, nodes, table, orders, per, slots[i], limits[i], min_prob, most, out, size)
-        offsets[i + 1] = size
-    return size
-
-
-@kernel
-def _rewalk(store_block: int, per: Slots, slot: int) -> None:
-    """Put a request's cursor into a store where the end of its text is."""
-    text, size = per.text[slot], per.size[slot]
-    s, m = np.int64(0), np.int64(0)
-    if store_block != 0:
-        for at in range(max(0, size - REWALK), size):
-            s, m = advance(store_block, s, m, load(text, at))
-    per.state[slot] = s
-    per.matched[slot] = m
 
 
 class _Group:
@@ -292,6 +92,8 @@ class Drafter(Proposer):
     """Base of this package's proposers."""
 
     bounds_depth: ClassVar[bool] = True
+    #: What the subclass was built with.
+    options: Any
 
     def __init__(self, sources: Sources, min_prob: float, tree: bool, candidates: int = MAX_CANDIDATES) -> None:
         """``candidates``: children considered per node of a tree."""
@@ -380,7 +182,7 @@ class Drafter(Proposer):
             self._slots.store[slot], self._slots.habits[slot] = address, habits
             if epoch != self._epochs[slot]:
                 self._epochs[slot] = epoch
-                _rewalk(address, self._slots, slot)
+                rewalk(address, self._slots, slot)
 
     def remove_request(self, slot: int) -> None:
         """Free a request's memory at once and store its output. Raises ``ValueError`` for an unknown slot."""
@@ -420,20 +222,20 @@ class Drafter(Proposer):
         """Learn from the emitted tokens. Raises ``ValueError`` for an unknown slot or inconsistent arrays."""
         slots, tokens = as_int32("slots", step.slots), as_int32("tokens", step.tokens)
         offsets = as_int32("offsets", step.offsets)
-        if not _sound(self._slots, slots, offsets, len(tokens)):
+        if not sound(self._slots, slots, offsets, len(tokens)):
             self._check(slots)
             _check_offsets("offsets", offsets, len(slots), "tokens", len(tokens))
         recycles = self._sources.table_bytes > 0 and step.row_tokens is not None
         rows = self._check_rows(step, slots) if recycles else None
         table = self._table.view
         done = np.zeros(len(slots), np.int32)
-        while _observe(
+        while observe_batch(
             self._mix, self._scratch, table, self._sources.orders, self._slots, slots, tokens, offsets, done
         ):
             for i in np.flatnonzero(done < np.diff(offsets)):
                 self._make_room(int(slots[i]), int(tokens[offsets[i] + done[i]]))
         if rows is not None:
-            _recycle(
+            recycle_batch(
                 table,
                 self._sources.orders,
                 min(self._sources.width, rows[3].shape[1]),
@@ -450,7 +252,7 @@ class Drafter(Proposer):
     ) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array, Float32Array]:
         tokens, offsets = as_int32("row_tokens", step.row_tokens), as_int32("row_offsets", step.row_offsets)
         parents = as_int32("row_parents", step.row_parents)
-        if not _sound(self._slots, slots, offsets, len(tokens)):
+        if not sound(self._slots, slots, offsets, len(tokens)):
             _check_offsets("row_offsets", offsets, len(slots), "rows", len(tokens))
         ids = np.ascontiguousarray(step.topk_ids, np.int32)
         logprobs = np.ascontiguousarray(step.topk_logprobs, np.float32)
@@ -459,14 +261,14 @@ class Drafter(Proposer):
                 f"row_parents {parents.shape}, topk_ids {ids.shape} and topk_logprobs {logprobs.shape} "
                 f"do not describe {len(tokens)} rows"
             )
-        if not _hangs_together(offsets, parents, len(self._depth)):
+        if not hang_together(offsets, parents, len(self._depth)):
             raise ValueError("row_parents must name an earlier row of the same request, or -1")
         return tokens, offsets, parents, ids, logprobs
 
     def _limits(self, slots: Int32Array, limits: Int32Array) -> tuple[Int32Array, Int32Array]:
         """Arguments of :meth:`propose`, checked."""
         slots, limits = as_int32("slots", slots), as_int32("limits", limits)
-        if not _all_live(self._slots, slots):
+        if not all_live(self._slots, slots):
             self._check(slots)
         if len(limits) != len(slots) or (limits < 0).any():
             raise ValueError(f"limits {limits!r} for {len(slots)} requests")
@@ -476,7 +278,7 @@ class Drafter(Proposer):
         """Draft for each request. Raises ``ValueError`` for an unknown slot or a bad limit."""
         slots, limits = self._limits(slots, limits)
         out, offsets = new_forest(int(limits.sum())), np.zeros(len(slots) + 1, np.int32)
-        size = _propose(
+        size = propose_batch(
             self._mix,
             self._scratch,
             self._nodes,
@@ -494,7 +296,7 @@ class Drafter(Proposer):
 
     def _trial(self) -> Drafter:
         """A throwaway proposer like this one."""
-        return type(self)(self.options)  # type: ignore[attr-defined, call-arg]
+        return type(self)(self.options)  # type: ignore[call-arg]
 
     def warm_up(self) -> None:
         """Compile every kernel, or load it from the disk cache, by a small real run on a throwaway proposer."""

@@ -127,7 +127,7 @@ class TokenRecycling(Drafter):
 
     name: ClassVar[str] = "token_recycling"
     Options: ClassVar[type] = TokenRecyclingOptions
-    wants_topk: ClassVar[bool] = True
+    wants_topk = True
 
     def __init__(self, options: TokenRecyclingOptions | None = None) -> None:
         self.options = options = options or TokenRecyclingOptions()

@@ -17,6 +17,7 @@ MODEL = REPOSITORY / ".models" / "smollm2-135m"
 _kept: list[Any] = []
 
 RETRIEVAL = {"method": "custom_class", "model": "vllm_specplug.Retrieval", "num_speculative_tokens": 8}
+AUTO = {"method": "custom_class", "model": "vllm_specplug.Auto", "num_speculative_tokens": 8}
 
 
 def make_tiny_llama(path: Path, vocab_size: int) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engines import MODEL, RETRIEVAL, encode, engine, greedy, lifecycle_of, metric, runner_of
+from engines import AUTO, MODEL, RETRIEVAL, encode, engine, greedy, lifecycle_of, metric, runner_of
 from prompts import chat_prompts
 
 pytestmark = pytest.mark.engine
@@ -47,66 +47,69 @@ def long_prompt(prompts):
 
 
 @pytest.fixture(scope="module")
-def retrieval(baseline):
+def auto(baseline):
     """The engine most tests share. vLLM keeps one set of metrics per process, the newest engine's: tests that read
     this one's come before those that start another."""
-    with engine(MODEL, RETRIEVAL, additional_config={"specplug": {"retrieval": {"min_prob": 0.05}}}) as llm:
+    with engine(MODEL, AUTO, additional_config={"specplug": {"auto": {"min_prob": 0.03}}}) as llm:
         yield llm
 
 
 @pytest.mark.parametrize("concurrency", [8, 1])
-def test_greedy_output_is_identical(retrieval, prompts, baseline, concurrency):
-    before = lifecycle_of(retrieval).counters.accepted
+def test_greedy_output_is_identical(auto, prompts, baseline, concurrency):
+    before = lifecycle_of(auto).counters.accepted
     count = COUNT if concurrency > 1 else 6
-    assert greedy(retrieval, prompts[:count], LENGTH, concurrency) == baseline["outputs"][:count]
-    assert lifecycle_of(retrieval).counters.accepted > before + 20  # drafts really were verified and kept
+    assert greedy(auto, prompts[:count], LENGTH, concurrency) == baseline["outputs"][:count]
+    assert lifecycle_of(auto).counters.accepted > before + 20  # drafts really were verified and kept
+    stats = runner_of(auto).drafter.stats()
+    assert stats["tree_nodes_accepted"] > 10 and stats["rows_moved"] > 0
+    assert stats["auto.table_rows_written"] > 3 * stats["verified"]  # rejected rows are learned from as well
 
 
-def test_counters_agree_with_vllms_own(retrieval, prompts):
-    greedy(retrieval, prompts[:2], 16, 8)
-    counters = lifecycle_of(retrieval).counters
+def test_counters_agree_with_vllms_own(auto, prompts):
+    greedy(auto, prompts[:2], 16, 8)
+    counters = lifecycle_of(auto).counters
     assert counters.errors == 0
     assert counters.resynchronised == 0
-    assert counters.verified == metric(retrieval, "vllm:spec_decode_num_draft_tokens")
+    assert counters.verified == metric(auto, "vllm:spec_decode_num_draft_tokens")
     # vLLM cuts the tokens of a step that hits a stop or the length limit before it counts; the runner does not.
-    assert 0 <= counters.accepted - metric(retrieval, "vllm:spec_decode_num_accepted_tokens") <= counters.requests * 8
+    assert 0 <= counters.accepted - metric(auto, "vllm:spec_decode_num_accepted_tokens") <= counters.requests * 8
     assert 0 < counters.accepted < counters.verified <= counters.drafted
 
 
-def test_prefix_cache_hits_do_not_change_drafting(retrieval, prompts, baseline):
+def test_prefix_cache_hits_do_not_change_drafting(auto, prompts, baseline):
     """The same prompts again: their KV comes from the cache, and their outputs from the store of earlier outputs."""
-    counters = lifecycle_of(retrieval).counters
+    counters = lifecycle_of(auto).counters
     again = [long_prompt(prompts), *prompts[:4]]  # only whole blocks, of 128 tokens here, are cached
-    first = greedy(retrieval, again, LENGTH, 8)
-    before_steps, before = counters.steps, metric(retrieval, "vllm:prefix_cache_hits")
-    assert greedy(retrieval, again, LENGTH, 8) == first
+    first = greedy(auto, again, LENGTH, 8)
+    before_steps, before = counters.steps, metric(auto, "vllm:prefix_cache_hits")
+    assert greedy(auto, again, LENGTH, 8) == first
     assert first == [baseline["long"][:LENGTH], *baseline["outputs"][:4]]
-    assert metric(retrieval, "vllm:prefix_cache_hits") > before
+    assert metric(auto, "vllm:prefix_cache_hits") > before
     # Every output was seen before, so it is drafted in long runs: well under one step per token.
     assert counters.steps - before_steps < LENGTH / 2
 
 
-def test_state_is_freed_when_requests_end_or_are_aborted(retrieval, prompts):
+def test_state_is_freed_when_requests_end_or_are_aborted(auto, prompts):
     from vllm import SamplingParams
 
-    llm_engine = retrieval.llm_engine
+    llm_engine = auto.llm_engine
     ids = [str(9000 + i) for i in range(4)]
     for request_id, prompt in zip(ids, prompts, strict=False):
         params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
         llm_engine.add_request(request_id, prompt, params)
     for _ in range(6):
         llm_engine.step()
-    assert lifecycle_of(retrieval).live >= 4
+    assert lifecycle_of(auto).live >= 4
     llm_engine.abort_request(ids)
-    greedy(retrieval, prompts[:1], 4, 1)  # the next steps report the ended ones to the worker
-    live = set(lifecycle_of(retrieval)._slots.of)
-    assert live <= set(runner_of(retrieval).requests)
+    greedy(auto, prompts[:1], 4, 1)  # the next steps report the ended ones to the worker
+    live = set(lifecycle_of(auto)._slots.of)
+    assert live <= set(runner_of(auto).requests)
     assert not any(i.startswith("900") for i in live)
-    proposer_live = lifecycle_of(retrieval).proposer.stats()["live_requests"]
+    proposer_live = lifecycle_of(auto).proposer.stats()["live_requests"]
     assert proposer_live == len(live)
 
 
-def test_samples_and_sampling_parameters_run_side_by_side(retrieval, prompts):
+def test_samples_and_sampling_parameters_run_side_by_side(auto, prompts):
     """n > 1, seeds, penalties, logprobs and greedy in one batch: a seeded request repeats itself exactly."""
     from vllm import SamplingParams
 
@@ -117,15 +120,15 @@ def test_samples_and_sampling_parameters_run_side_by_side(retrieval, prompts):
         SamplingParams(temperature=0.7, top_k=20, presence_penalty=0.5, frequency_penalty=0.5, seed=2, max_tokens=24),
         SamplingParams(temperature=0.0, bad_words=[" the"], max_tokens=24),
     ]
-    outputs = retrieval.generate(prompts[:5], params, use_tqdm=False)
+    outputs = auto.generate(prompts[:5], params, use_tqdm=False)
     assert [len(o.outputs) for o in outputs] == [2, 1, 1, 1, 1]
     for token, table in zip(outputs[2].outputs[0].token_ids, outputs[2].outputs[0].logprobs, strict=True):
         assert table[token].logprob == max(entry.logprob for entry in table.values())
     assert " the" not in outputs[4].outputs[0].text
-    assert lifecycle_of(retrieval).counters.errors == 0
+    assert lifecycle_of(auto).counters.errors == 0
 
 
-def test_penalties_and_bad_words_equal_no_speculation(retrieval, prompts):
+def test_penalties_and_bad_words_equal_no_speculation(auto, prompts):
     from vllm import SamplingParams
 
     params = [
@@ -134,9 +137,9 @@ def test_penalties_and_bad_words_equal_no_speculation(retrieval, prompts):
         SamplingParams(temperature=0.0, bad_words=[" a", " of"], max_tokens=32),
         SamplingParams(temperature=0.0, min_tokens=32, max_tokens=32),
     ]
-    before = lifecycle_of(retrieval).counters.verified
-    got = [list(o.outputs[0].token_ids) for o in retrieval.generate(prompts[:4], params, use_tqdm=False)]
-    assert lifecycle_of(retrieval).counters.verified > before
+    before = lifecycle_of(auto).counters.verified
+    got = [list(o.outputs[0].token_ids) for o in auto.generate(prompts[:4], params, use_tqdm=False)]
+    assert lifecycle_of(auto).counters.verified > before
     with engine(MODEL) as llm:
         want = [list(o.outputs[0].token_ids) for o in llm.generate(prompts[:4], params, use_tqdm=False)]
     assert got == want
@@ -180,13 +183,24 @@ def test_switched_off_it_drafts_nothing(prompts, baseline):
         assert metric(llm, "vllm:spec_decode_num_draft_tokens") == 0
 
 
+def test_template_of_token_recycling(prompts, baseline):
+    """The published tree, 80 nodes of it."""
+    recycling = {"method": "custom_class", "model": "vllm_specplug.TokenRecycling", "num_speculative_tokens": 80}
+    with engine(MODEL, recycling, additional_config={"specplug": {"token_recycling": {"template": True}}}) as llm:
+        assert greedy(llm, prompts[:8], LENGTH, 8) == baseline["outputs"][:8]
+        counters = lifecycle_of(llm).counters
+        assert counters.errors == 0 and counters.accepted > 20
+        assert counters.verified > 20 * (counters.emitted - counters.accepted)  # wide trees, not chains
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("config", [RETRIEVAL, AUTO], ids=["Retrieval", "Auto"])
 @pytest.mark.parametrize("concurrency", [8, 1])
-def test_greedy_output_is_identical_in_full(prompts, concurrency):
+def test_greedy_output_is_identical_in_full(prompts, config, concurrency):
     """96 prompts of 8 kinds x 96 tokens."""
     with engine(MODEL) as llm:
         want = greedy(llm, prompts, 96, concurrency)
-    with engine(MODEL, RETRIEVAL) as llm:
+    with engine(MODEL, config) as llm:
         got = greedy(llm, prompts, 96, concurrency)
         counters = lifecycle_of(llm).counters
         assert (counters.errors, counters.resynchronised) == (0, 0)

@@ -314,11 +314,11 @@ def test_warm_up_and_close_leave_nothing_behind() -> None:
 def test_disk_cache_notices_changes_of_any_module_it_is_made_of():
     """Numba by itself would go on using code compiled against another module's old memory layout."""
     from vllm_specplug.kernels import memory
-    from vllm_specplug.proposers import drafting
+    from vllm_specplug.proposers import batch_steps
 
-    stamp = memory._stamp(drafting.__file__)
+    stamp = memory._stamp(batch_steps.__file__)
     names = [name for name, _, _ in stamp]
-    assert {"mixture.py", "suffix_automaton.py", "drafting.py", "memory.py"} <= set(names)
-    folders = [Path(m.__file__).parent for m in (memory, drafting)]
-    assert drafting._propose._cache._cache_file._source_stamp == stamp
+    assert {"mixture.py", "suffix_automaton.py", "batch_steps.py", "memory.py"} <= set(names)
+    folders = [Path(m.__file__).parent for m in (memory, batch_steps)]
+    assert batch_steps.propose_batch._cache._cache_file._source_stamp == stamp
     assert set(stamp) == {entry for folder in folders for entry in memory._folder_stamp(folder)}
