@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from vllm_specplug.options import option
 
-from .drafting import Drafter, Sources
+from .drafting import Drafter, Sources, TextOptions
 
 
 @dataclass(frozen=True)
-class AutoOptions:
+class AutoOptions(TextOptions):
     """Options of the fused proposer."""
 
     min_prob: float = option(
@@ -22,10 +22,6 @@ class AutoOptions:
         env="SPECPLUG_AUTO_MIN_PROB",
     )
     tree: bool = option(True, "draft trees where the server can verify them; false: chains only")
-    context: bool = option(True, "draft from the request's own prompt and output")
-    siblings: bool = option(True, "samples of one prompt (n > 1) draft from each other's output")
-    store: bool = option(True, "draft from outputs of earlier requests of the same namespace")
-    store_bytes: int = option(256 << 20, "memory for earlier outputs, all namespaces together", low=1 << 20)
     recycling: bool = option(True, "draft from the target model's own second guesses")
     table_bytes: int = option(64 << 20, "memory for second guesses, all namespaces together", low=1 << 16)
 
@@ -43,10 +39,6 @@ class Auto(Drafter):
     def __init__(self, options: AutoOptions | None = None) -> None:
         self.options = options = options or AutoOptions()
         self.wants_topk = options.recycling
-        sources = Sources(
-            context=options.context,
-            siblings=options.siblings,
-            store_bytes=options.store_bytes if options.store else 0,
-            table_bytes=options.table_bytes if options.recycling else 0,
-        )
+        table_bytes = options.table_bytes if options.recycling else 0
+        sources = Sources(**options.sources(), table_bytes=table_bytes)
         super().__init__(sources, options.min_prob, options.tree)

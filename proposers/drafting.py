@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from vllm_specplug.options import option
+
 from .base import DraftForest, Float32Array, Int32Array, Proposer, Request, StepResult
 from .batch_steps import (
     REWALK,
@@ -53,6 +55,21 @@ class Sources:
     orders: int = 3
     width: int = WIDTH
     anywhere: bool = True
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Options of proposers that draft from text."""
+
+    context: bool = option(True, "draft from the request's own prompt and output")
+    siblings: bool = option(True, "samples of one prompt (n > 1) draft from each other's output")
+    store: bool = option(True, "draft from outputs of earlier requests of the same namespace")
+    store_bytes: int = option(256 << 20, "memory for earlier outputs, all namespaces together", low=1 << 20)
+
+    def sources(self) -> dict[str, Any]:
+        """As arguments of :class:`Sources`."""
+        store_bytes = self.store_bytes if self.store else 0
+        return {"context": self.context, "siblings": self.siblings, "store_bytes": store_bytes}
 
 
 class _Group:

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from vllm_specplug.options import option
 
-from .drafting import Drafter, Sources
+from .drafting import Drafter, Sources, TextOptions
 from .tree_growth import MAX_DRAFT
 
 __all__ = ["MAX_DRAFT", "Retrieval", "RetrievalOptions"]
 
 
 @dataclass(frozen=True)
-class RetrievalOptions:
+class RetrievalOptions(TextOptions):
     """Options of the retrieval proposer."""
 
     min_prob: float = option(
@@ -27,10 +27,6 @@ class RetrievalOptions:
         env="SPECPLUG_RETRIEVAL_MIN_PROB",
     )
     tree: bool = option(False, "draft a tree of continuations, not one, where the server can verify it")
-    context: bool = option(True, "draft from the request's own prompt and output")
-    siblings: bool = option(True, "samples of one prompt (n > 1) draft from each other's output")
-    store: bool = option(True, "draft from outputs of earlier requests of the same namespace")
-    store_bytes: int = option(256 << 20, "memory for earlier outputs, all namespaces together", low=1 << 20)
 
 
 class Retrieval(Drafter):
@@ -46,9 +42,4 @@ class Retrieval(Drafter):
 
     def __init__(self, options: RetrievalOptions | None = None) -> None:
         self.options = options = options or RetrievalOptions()
-        sources = Sources(
-            context=options.context,
-            siblings=options.siblings,
-            store_bytes=options.store_bytes if options.store else 0,
-        )
-        super().__init__(sources, options.min_prob, options.tree)
+        super().__init__(Sources(**options.sources()), options.min_prob, options.tree)

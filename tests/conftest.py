@@ -16,3 +16,17 @@ def _own_environment():
     patch.setenv("HF_HUB_OFFLINE", "1")
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """96 chat prompts of 8 kinds as token ids of the real model."""
+    from engines import MODEL, encode
+    from prompts import chat_prompts
+    from transformers import AutoTokenizer
+
+    class Holder:
+        def get_tokenizer(self):
+            return AutoTokenizer.from_pretrained(MODEL)
+
+    return encode(Holder(), chat_prompts(96))

@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from engines import AUTO, MODEL, RETRIEVAL, encode, engine, greedy, lifecycle_of, metric, runner_of
-from prompts import chat_prompts
+from engines import AUTO, MODEL, RETRIEVAL, engine, greedy, lifecycle_of, metric, runner_of
 
 pytestmark = pytest.mark.engine
 
 #: Prompts and tokens of `make test`; the whole of it (96 prompts x 96 tokens) is marked slow.
 COUNT, LENGTH = 24, 48
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    from transformers import AutoTokenizer
-
-    class Holder:
-        def get_tokenizer(self):
-            return AutoTokenizer.from_pretrained(MODEL)
-
-    return encode(Holder(), chat_prompts(96))
 
 
 @pytest.fixture(scope="module")

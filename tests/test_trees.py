@@ -53,17 +53,6 @@ def assert_sound(llm):
 
 
 @pytest.fixture(scope="module")
-def prompts():
-    from transformers import AutoTokenizer
-
-    class Holder:
-        def get_tokenizer(self):
-            return AutoTokenizer.from_pretrained(MODEL)
-
-    return encode(Holder(), chat_prompts(96))
-
-
-@pytest.fixture(scope="module")
 def outputs(prompts):
     with engine(MODEL) as llm:
         return generate(llm, prompts[:16], 48)
