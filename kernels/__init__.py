@@ -1,1 +1,4 @@
-"""Triton kernels with their PyTorch references. Never imports vLLM; installed as ``vllm_specplug.kernels``."""
+"""Kernels: compiled by Numba for CPUs (Triton for GPUs to come), and the PyTorch references that define them.
+
+Never imports vLLM; installed as ``vllm_specplug.kernels``.
+"""
