@@ -7,6 +7,7 @@ returned :class:`DraftForest` into vLLM's draft-token lists, so a proposer is te
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -59,6 +60,27 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class StepLoad:
+    """What one target step computed. A row is one token of a request that decodes: its last one, or a draft token.
+
+    Attributes:
+        requests: requests that decoded.
+        rows: their rows, at least ``requests``.
+        context: tokens they hold, summed over requests.
+        row_context: the same summed over rows, so a request counts once for each of its rows.
+        prefill: prompt tokens computed in the step.
+        prefill_context: tokens before each of these, summed.
+    """
+
+    requests: int
+    rows: int
+    context: int
+    row_context: int
+    prefill: int = 0
+    prefill_context: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What the target model decided in one step, for the ``n`` requests that emitted tokens in it.
 
@@ -77,6 +99,9 @@ class StepResult:
         topk_ids: ``int32[R, k]`` the target's own best next tokens at each row, best first, before any
             sampling processing; None like ``row_tokens``.
         topk_logprobs: ``float32[R, k]`` their natural log-probabilities at temperature 1; None like ``row_tokens``.
+        load: what the step computed, requests that emitted nothing included; None if the host does not say.
+        seconds: from the end of the previous step to the end of this one, the engine's own work included; NaN where
+            the engine was idle in between, or the host does not say.
     """
 
     slots: Int32Array
@@ -89,6 +114,8 @@ class StepResult:
     row_parents: Int32Array | None = None
     topk_ids: Int32Array | None = None
     topk_logprobs: Float32Array | None = None
+    load: StepLoad | None = None
+    seconds: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +131,8 @@ class DraftForest:
         probs: ``float32[N]`` calibrated probability that the node is reached and accepted; never rises along a path.
         sources: ``int8[N]`` index into :data:`SOURCE_NAMES`.
         offsets: ``int32[n + 1]`` nodes of request ``i`` are ``offsets[i]:offsets[i + 1]``; may be empty.
+        matched: ``int32[n]`` how many of the request's last tokens the draft's source has seen in a row before; None
+            if the proposer does not match text.
     """
 
     tokens: Int32Array
@@ -111,6 +140,7 @@ class DraftForest:
     probs: Float32Array
     sources: Int8Array
     offsets: Int32Array
+    matched: Int32Array | None = None
 
     def check_integrity(self, limits: Int32Array | None = None) -> None:
         """Raise ``ValueError`` naming the first broken invariant; meant for tests and for third-party proposers."""
@@ -164,6 +194,10 @@ class Proposer(abc.ABC):
     #: True if its trees are never deeper than :attr:`Request.max_tokens` allows. Then the host lets it draft as many
     #: nodes as ever; else no more than the request has tokens left to emit.
     bounds_depth: ClassVar[bool] = False
+    #: False if its nodes' ``probs`` are no probabilities; a budget then learns them (see :mod:`.acceptance`).
+    calibrated: ClassVar[bool] = True
+    #: Nodes less probable than this are not worth drafting: a budget around the proposer sets it before ``propose``.
+    floor: float = 0.0
     #: False for proposers whose use changes the output distribution.
     lossless: ClassVar[bool] = True
 
