@@ -226,8 +226,7 @@ def main() -> int:
     results = arms.run(
         chosen,
         settings,
-        [prompts for _, prompts in blocks],
-        args.max_tokens,
+        [arms.Work(prompts, [args.max_tokens] * len(prompts)) for _, prompts in blocks],
         logs,
         together=not args.one_by_one,
         progress=say,

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+
+from .saved_state import Array
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
@@ -102,6 +104,7 @@ class StepResult:
         load: what the step computed, requests that emitted nothing included; None if the host does not say.
         seconds: from the end of the previous step to the end of this one, the engine's own work included; NaN where
             the engine was idle in between, or the host does not say.
+        overhead: seconds of these that drafting took, of the host and the proposer, verification not included; or NaN.
     """
 
     slots: Int32Array
@@ -116,6 +119,7 @@ class StepResult:
     topk_logprobs: Float32Array | None = None
     load: StepLoad | None = None
     seconds: float = math.nan
+    overhead: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +220,28 @@ class Proposer(abc.ABC):
     @abc.abstractmethod
     def remove_request(self, slot: int) -> None:
         """Forget a request that finished or was aborted."""
+
+    def asleep(self, requests: int, new: int) -> bool:
+        """Whether the host may leave this proposer alone in this step, in which ``requests`` requests emitted tokens,
+        ``new`` of them never seen here. Asked once per step, before ``observe``. What is emitted meanwhile is shown to
+        ``observe`` later, before anything else, without drafts, top-k or times. Default: never."""
+        return False
+
+    def state(self) -> Mapping[str, Array | Iterator[Array]]:
+        """Copies of everything learned that another process can go on with, by name (a path, ``mixture/weights``).
+        No addresses, nothing of live requests. What takes long to copy comes as an iterator, see
+        :data:`.saved_state.State`. Default: nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Array]) -> None:  # noqa: B027 - an optional hook
+        """Take over what :meth:`state` of a proposer of this class returned, as whole arrays (perhaps read-only). It
+        may have been in another process, with other options. Called at most once, before the first request. Raises
+        ``ValueError`` if they do not fit, and has changed nothing then. Default: ignored."""
+
+    @classmethod  # noqa: B027 - an optional hook
+    def check_installed(cls) -> None:
+        """Raise ``vllm_specplug.options.OptionError`` if something it needs is missing; asked before the server
+        starts. Default: nothing is."""
 
     def warm_up(self) -> None:  # noqa: B027 - an optional hook
         """Do slow one-time work (compilation) before the first request. Default: nothing."""

@@ -197,12 +197,14 @@ def propose_batch(
     most: int,
     out: Forest,
     offsets: Int32Array,
+    matched: Int32Array,
 ) -> int:
-    """Draft for a batch; returns the number of nodes."""
+    """Draft for a batch; returns the number of nodes. ``matched``: as in :class:`.base.DraftForest`."""
     size = 0
     for i in range(len(slots)):
         size += grow(mix, scratch, nodes, table, orders, per, slots[i], limits[i], min_prob, most, out, size)
         offsets[i + 1] = size
+        matched[i] = max(nodes.length[0], nodes.matched[0], nodes.common[0])
     return size
 
 

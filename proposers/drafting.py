@@ -5,7 +5,7 @@ A proposer built on :class:`Drafter` says which sources it draws on (:class:`Sou
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,9 +25,10 @@ from .batch_steps import (
     rewalk,
     sound,
 )
-from .mixture import MAX_CANDIDATES, new_mixture, new_scratch
+from .mixture import MAX_CANDIDATES, new_mixture, new_scratch, restored_mixture
 from .output_store import OutputStores
 from .recycling_table import WIDTH, RecyclingTable
+from .saved_state import Array, State, join, part
 from .suffix_automaton import SuffixAutomaton, has_room
 from .tree_growth import MAX_DRAFT, Slots, cut, new_forest, new_nodes
 
@@ -295,6 +296,7 @@ class Drafter(Proposer):
         """Draft for each request. Raises ``ValueError`` for an unknown slot or a bad limit."""
         slots, limits = self._limits(slots, limits)
         out, offsets = new_forest(int(limits.sum())), np.zeros(len(slots) + 1, np.int32)
+        matched = np.empty(len(slots), np.int32)
         size = propose_batch(
             self._mix,
             self._scratch,
@@ -304,12 +306,13 @@ class Drafter(Proposer):
             self._slots,
             slots,
             limits,
-            self._min_prob,
+            max(self._min_prob, self.floor),
             self._candidates,
             out,
             offsets,
+            matched,
         )
-        return cut(out, size, offsets)
+        return cut(out, size, offsets, matched)
 
     def _trial(self) -> Drafter:
         """A throwaway proposer like this one."""
@@ -356,6 +359,27 @@ class Drafter(Proposer):
             "groups": len(self._groups),
             "evictions": self._outputs.evictions,
         }
+
+    def state(self) -> State:
+        """What the mixture, the table and the outputs of ended requests hold."""
+        parts: dict[str, State] = {"mixture": {name: array.copy() for name, array in self._mix._asdict().items()}}
+        if self._sources.table_bytes:
+            parts["table"] = self._table.state()
+        if self._sources.store_bytes:
+            parts["outputs"] = self._outputs.state()
+        return join(parts)
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """See :meth:`.base.Proposer.restore`. What this proposer's options switch off is left out."""
+        if self._live:
+            raise ValueError("saved state can be restored before the first request only")
+        mix = restored_mixture(part(state, "mixture"))
+        table = RecyclingTable(self._sources.table_bytes, self._sources.anywhere)
+        outputs = OutputStores(self._sources.store_bytes)
+        for holder, saved in ((table, part(state, "table")), (outputs, part(state, "outputs"))):
+            if saved:
+                holder.restore(saved)
+        self._mix, self._table, self._outputs = mix, table, outputs
 
     def close(self) -> None:
         """Forget all requests and everything learned from them."""

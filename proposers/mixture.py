@@ -27,6 +27,7 @@ for twice the time. No gain, so left out: a second cell per context with other a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ from vllm_specplug.kernels.memory import kernel, load, load_float, store_float
 
 from .base import SOURCE_CONTEXT, SOURCE_RECYCLING, SOURCE_SIBLINGS, SOURCE_STORE, Float32Array
 from .recycling_table import IDS, ORDERS, SIZE, WIDTH, prob_byte
+from .saved_state import Array, check
 from .suffix_automaton import (
     COUNT,
     DEGREE,
@@ -203,6 +205,18 @@ def new_mixture() -> Mixture:
         ranks=np.zeros(_RANKS**ORDERS, np.float32),
         learned=np.zeros(1),
     )
+
+
+def restored_mixture(state: Mapping[str, Array]) -> Mixture:
+    """A mixture whose fields are copies of the arrays of these names. Raises ``ValueError`` if they do not fit."""
+    like = new_mixture()._asdict()
+    check(state, {name: (array.dtype, array.shape) for name, array in like.items()})
+    # Compiled code looks up log-odds by probability, and divides by what was seen.
+    if not (
+        0 <= state["prob"].min() <= state["prob"].max() <= 1 and min(state[n].min() for n in ("seen", "learned")) >= 0
+    ):
+        raise ValueError("saved probabilities must be in [0, 1], and counts not negative")
+    return Mixture(**{name: state[name].copy() for name in like})
 
 
 # Of rows found by no, one, two and three tokens.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import array
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
 from .base import Float32Array
 from .mixture import HABITS
-from .suffix_automaton import SuffixAutomaton
+from .saved_state import Array, State, check, pack_names, unpack_names
+from .suffix_automaton import STATE_BYTES, SuffixAutomaton
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -16,6 +20,10 @@ Int32Array = npt.NDArray[np.int32]
 SMALLEST_SHARE = 1 << 18
 # Tokens a fresh automaton has room for, about 70 KiB.
 _FIRST_TOKENS = 512
+# Before each output in a store's text. Automata cut their text at negative tokens.
+_CUT = -1
+# Bytes of text per token, and at least: an array of 4-byte tokens has room for a sixteenth more than it holds.
+_TEXT_BYTES, _LEAST_TEXT_BYTES = 5, 128
 
 
 class OutputStore:
@@ -27,6 +35,8 @@ class OutputStore:
 
     Attributes:
         primary: the automaton to draft from.
+        text: what ``primary`` was made of, ``_CUT`` before each output: automata do not tell, and a saved store is made
+            from it anew.
         habits: ``float32[HABITS]``, see :mod:`.mixture`.
         epoch: rises when ``primary`` is another automaton, which voids cursors into it.
     """
@@ -34,16 +44,20 @@ class OutputStore:
     def __init__(self) -> None:
         self.primary = SuffixAutomaton(_FIRST_TOKENS)
         self.shadow: SuffixAutomaton | None = None
+        self.text = array.array("i")
         self.habits: Float32Array = np.zeros(HABITS, np.float32)
         self.epoch = 0
+        self._shadow_start = 0  # where in the text the shadow's begins
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.primary.nbytes + self.habits.nbytes + (self.shadow.nbytes if self.shadow else 0)
+        text = _LEAST_TEXT_BYTES + _TEXT_BYTES * len(self.text)
+        return self.primary.nbytes + self.habits.nbytes + text + (self.shadow.nbytes if self.shadow else 0)
 
     def shed(self) -> None:
         """Forget the older outputs; all, if there is no shadow yet."""
+        del self.text[: self._shadow_start if self.shadow else len(self.text)]
         self.primary = self.shadow or SuffixAutomaton(_FIRST_TOKENS)
         self.shadow = None
         self.epoch += 1
@@ -53,29 +67,39 @@ class OutputStore:
 
         An output too long for the budget on its own is kept as far as it fits.
         """
-        if not self._insert(self.primary, output, budget):
+        output = output[: budget // STATE_BYTES]  # for its text must fit, too
+        text_bytes = _TEXT_BYTES * (len(output) + 1)
+        if self.nbytes + text_bytes > budget:
             self.shed()
-            self._insert(self.primary, output, budget)
-        elif self.shadow is not None and not self._insert(self.shadow, output, budget):
+        kept = self._insert(self.primary, output, budget - text_bytes)
+        if kept < len(output):
             self.shed()
+            kept = self._insert(self.primary, output, budget - text_bytes)
+        elif self.shadow is not None:
+            kept = self._insert(self.shadow, output, budget - text_bytes)
+            if kept < len(output):
+                self.shed()
+        self.text.append(_CUT)
+        self.text.frombytes(output[:kept].tobytes())
         if self.shadow is None and not self._can_grow(self.primary, budget) and self.primary.num_tokens > 0:
             shadow = SuffixAutomaton(_FIRST_TOKENS)
             if self.nbytes + shadow.nbytes <= budget:
-                self.shadow = shadow
+                self.shadow, self._shadow_start = shadow, len(self.text)
 
     def _can_grow(self, automaton: SuffixAutomaton, budget: int) -> bool:
         # The old block lives until the new one is filled.
         return self.nbytes + automaton.next_nbytes <= budget
 
-    def _insert(self, automaton: SuffixAutomaton, output: Int32Array, budget: int) -> bool:
+    def _insert(self, automaton: SuffixAutomaton, output: Int32Array, budget: int) -> int:
+        """Insert what fits; returns how many tokens that is."""
         automaton.cut()
         done = automaton.try_extend(output)
         while done < len(output):
             if not self._can_grow(automaton, budget):
-                return False
+                break
             automaton.grow()
             done = automaton.try_extend(output, done)
-        return True
+        return done
 
 
 class OutputStores:
@@ -157,3 +181,37 @@ class OutputStores:
     def clear(self) -> None:
         """Forget everything."""
         self._stores.clear()
+
+    def state(self) -> State:
+        """The ``n`` namespaces, least recently used first: their ``names``, the ``text`` of all, the ``sizes`` of each
+        (``int64[n]`` tokens, cuts included) and ``habits`` (``float32[n, HABITS]``)."""
+        stores = self._stores.values()
+        texts = [np.array(s.text, np.int32) for s in stores]
+        return {
+            "names": pack_names(self._stores),
+            "text": np.concatenate([*texts, np.zeros(0, np.int32)]),
+            "sizes": np.fromiter(map(len, texts), np.int64, len(texts)),
+            "habits": np.array([s.habits for s in stores], np.float32).reshape(-1, HABITS),
+        }
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Fill empty stores with what :meth:`state` of others returned, as if the same outputs came again: under a
+        smaller budget the newest stay. Raises ``ValueError`` if the arrays do not fit."""
+        like = {"names": (np.uint8, (-1,)), "text": (np.int32, (-1,)), "sizes": (np.int64, (-1,))}
+        check(state, {**like, "habits": (np.float32, (-1, HABITS))})
+        names, sizes, habits = unpack_names(state["names"]), state["sizes"], state["habits"]
+        ends = np.cumsum(sizes)
+        if not len(names) == len(sizes) == len(habits) or (sizes < 0).any() or sizes.sum() != len(state["text"]):
+            raise ValueError("saved outputs are not cut into one text per namespace")
+        first = max(0, len(names) - self._budget // SMALLEST_SHARE)
+        for i in range(first, len(names)):
+            self.open(names[i])
+            store = self._stores[names[i]]
+            store.habits[:] = habits[i]
+            left = self._budget - (self.nbytes - store.nbytes)
+            epoch = store.epoch
+            text = state["text"][ends[i] - sizes[i] : ends[i]]
+            for output in np.split(text, np.flatnonzero(text < 0)):
+                if (output >= 0).any():
+                    store.add(output[output >= 0], left)
+            self.evictions += store.epoch - epoch

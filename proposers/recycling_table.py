@@ -12,6 +12,8 @@ rows.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ import numpy.typing as npt
 from vllm_specplug.kernels.memory import kernel, load, store
 
 from .base import Float32Array, Int32Array
+from .saved_state import Array, State, check
 
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
@@ -242,6 +245,15 @@ def recycle(
                 _overwrite(_claim(table, key_hash(space, 3, last, second, third)), ids, logprobs, at, width)
 
 
+@kernel
+def _put(table: Table, rows: Int32Array) -> None:
+    """Write whole rows (``int32[n, ROW_BYTES / 4]``), those used longest ago first, whatever table they came from."""
+    for i in range(len(rows)):
+        row = _claim(table, np.int64(rows[i, TAG]) | (np.int64(rows[i, TAG + 1]) << 31))
+        for field in range(ROW_BYTES // 4):
+            store(row, field, rows[i, field])
+
+
 class RecyclingTable:
     """A table and the memory it lives in; untouched memory costs nothing.
 
@@ -288,6 +300,45 @@ class RecyclingTable:
         self._owner[:] = 0
         self._spaces.clear()
 
+    def _rows(self) -> Int32Array:
+        """``int32[rows, ROW_BYTES / 4]`` view of all rows."""
+        start = (self.view.address - self._owner.ctypes.data) // 4 if self.view.address else 0
+        sets = self.view.mask + 1 if self.view.address else 0
+        width = ROW_BYTES // 4
+        return self._owner[start : start + sets * WAYS * width].reshape(-1, width)
+
+    def state(self) -> State:
+        """What the table holds: the ``rows`` written (``int32[n, ROW_BYTES / 4]``), copied piece by piece, and after
+        them an ``index``: how many were written, and the namespaces' numbers."""
+        return {"rows": self._pieces(), "index": self._index()}
+
+    def _pieces(self) -> Iterator[Int32Array]:
+        rows = self._rows()
+        yield rows[:0]
+        for start in range(0, len(rows), _PIECE):
+            piece = rows[start : start + _PIECE]
+            yield piece[piece[:, SIZE] > 0]
+
+    def _index(self) -> Iterator[Array]:
+        # One array, and read last: a row's namespace must be in it, or its number would be given to another one.
+        index = {"clock": int(self.view.clock[0]), "next": self._next_space, "numbers": self._spaces}
+        yield np.frombuffer(json.dumps(index).encode(), np.uint8)
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Fill an empty table with what :meth:`state` of another one returned; where this one is smaller, the rows
+        written last stay. Raises ``ValueError`` if the arrays do not fit."""
+        check(state, {"rows": (np.int32, (-1, ROW_BYTES // 4)), "index": (np.uint8, (-1,))})
+        clock, next_space, spaces = _read_index(state["index"])
+        rows: Int32Array = state["rows"]
+        if not _sound(rows):
+            raise ValueError("saved rows of second guesses are not as the table writes them")
+        self._spaces, self._next_space = spaces, next_space
+        self.view.clock[0] = clock
+        if self.view.address:
+            age = (clock - rows[:, STAMP].astype(np.int64)) & _STAMP_MASK
+            _put(self.view, rows[np.argsort(-age, kind="stable")])
+            self.view.clock[0] = clock
+
     def row(self, space: int, tokens: list[int]) -> dict[int, float]:
         """``{token: probability}`` stored after ``tokens`` (at most three, the last one last); for tests."""
         last, second, third = [*reversed(tokens), 0, 0, 0][:3]
@@ -298,4 +349,36 @@ class RecyclingTable:
         return {int(fields[IDS + j]): float(_PROB[prob_byte(address, j)]) for j in range(int(fields[SIZE]))}
 
 
+def _read_index(array: Array) -> tuple[int, int, dict[str, int]]:
+    """Clock, next namespace's number, numbers by namespace."""
+    index = json.loads(array.tobytes())
+    if not isinstance(index, dict) or index.keys() != {"clock", "next", "numbers"}:
+        raise ValueError("the saved index of the table of second guesses is not one")
+    clock, following, numbers = index["clock"], index["next"], index["numbers"]
+    counts = [clock, following, *numbers.values()] if isinstance(numbers, dict) else [None]
+    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in counts):
+        raise ValueError("the saved index of the table of second guesses must have whole numbers")
+    if len({n for n in numbers.values() if n < following}) != len(numbers):
+        raise ValueError("saved namespaces must have a number each")
+    return clock, following, numbers
+
+
+def _sound(rows: Int32Array) -> bool:
+    """Whether compiled code may read these rows: sizes in range, no negative tags, tokens distinct and not negative."""
+    sizes = rows[:, SIZE]
+    if not len(rows):
+        return True
+    if sizes.min() < 1 or sizes.max() > WIDTH or min(rows[:, f].min() for f in (TAG, TAG + 1, STAMP, SEEN)) < 0:
+        return False
+    ids = rows[:, IDS : IDS + WIDTH]
+    used = np.arange(WIDTH) < sizes[:, None]
+    if (ids[used] < 0).any():
+        return False
+    ids = np.where(used, ids, -1 - np.arange(WIDTH, dtype=np.int32))  # unused ones are distinct, too
+    ids.sort(axis=1)
+    return bool((ids[:, 1:] != ids[:, :-1]).all())
+
+
 _MOST_SPACES = 1 << 16
+# Rows copied at once for saving: a quarter of a MiB.
+_PIECE = 4096

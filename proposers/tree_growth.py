@@ -107,9 +107,9 @@ def new_forest(size: int) -> Forest:
     return Forest(ints[0], ints[1], np.empty(size, np.float32), np.empty(size, np.int8))
 
 
-def cut(out: Forest, size: int, offsets: Int32Array) -> DraftForest:
+def cut(out: Forest, size: int, offsets: Int32Array, matched: Int32Array | None = None) -> DraftForest:
     """The first ``size`` nodes."""
-    return DraftForest(out.tokens[:size], out.parents[:size], out.probs[:size], out.sources[:size], offsets)
+    return DraftForest(out.tokens[:size], out.parents[:size], out.probs[:size], out.sources[:size], offsets, matched)
 
 
 @kernel

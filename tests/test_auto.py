@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from proposer_steps import draft, guesses, ints, paths, step, talk
-from vllm_specplug.proposers.auto import Auto, AutoOptions
+from vllm_specplug.proposers.auto import AutoOptions, Fused
 from vllm_specplug.proposers.base import (
     SOURCE_CONTEXT,
     SOURCE_RECYCLING,
@@ -22,8 +22,8 @@ from vllm_specplug import options
 PHRASE = [11, 12, 13, 14, 15, 16, 17, 18]
 
 
-def make(**settings: object) -> Auto:
-    return Auto(options.parse(AutoOptions, settings, "specplug.auto"))
+def make(**settings: object) -> Fused:
+    return Fused(options.parse(AutoOptions, settings, "specplug.auto"))
 
 
 def test_sources_share_one_tree_without_duplicates() -> None:
@@ -53,7 +53,7 @@ def test_each_source_can_be_switched_off() -> None:
         assert source not in forest.sources
 
 
-def _trained(seed: int = 3) -> tuple[Auto, np.random.Generator]:
+def _trained(seed: int = 3) -> tuple[Fused, np.random.Generator]:
     """A proposer that has seen a small random language, and is in the middle of slot 0."""
     rng = np.random.default_rng(seed)
     proposer = make(min_prob=0.0)
@@ -105,7 +105,7 @@ def test_depth_ends_with_the_request() -> None:
     assert max(map(len, paths(draft(proposer, 0, 40)))) == 2  # and one token of the target's own
 
 
-def sample(proposer: Auto, slot: int, group: str | None, namespace: str = "") -> None:
+def sample(proposer: Fused, slot: int, group: str | None, namespace: str = "") -> None:
     proposer.add_request(Request(slot, f"{slot}_{group}", ints(1, 2, 3), group=group, namespace=namespace))
 
 
@@ -186,7 +186,7 @@ def _topk(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, 30, 8) if rng.random() < 0.1 else rng.choice(30, 8, replace=False)
 
 
-def _random_run(seed: int) -> tuple[list[DraftForest], Auto]:
+def _random_run(seed: int) -> tuple[list[DraftForest], Fused]:
     """Samples, tenants, trees with rejected rows, chains, placeholders, small budgets: everything at random."""
     rng = np.random.default_rng(seed)
     proposer = make(min_prob=0.002, store_bytes=1 << 20, table_bytes=1 << 16)

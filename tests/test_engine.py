@@ -10,6 +10,9 @@ pytestmark = pytest.mark.engine
 #: Prompts and tokens of `make test`; the whole of it (96 prompts x 96 tokens) is marked slow.
 COUNT, LENGTH = 24, 48
 
+#: A budget that depends on no clock.
+FIXED = {"policy": "fixed", "length": 8, "min_prob": 0.03}
+
 
 @pytest.fixture(scope="module")
 def baseline(prompts):
@@ -38,7 +41,7 @@ def long_prompt(prompts):
 def auto(baseline):
     """The engine most tests share. vLLM keeps one set of metrics per process, the newest engine's: tests that read
     this one's come before those that start another."""
-    with engine(MODEL, AUTO, additional_config={"specplug": {"auto": {"min_prob": 0.03}}}) as llm:
+    with engine(MODEL, AUTO, additional_config={"specplug": {"auto": FIXED}}) as llm:
         yield llm
 
 

@@ -328,3 +328,97 @@ def test_stats_survive_a_broken_proposer(engine, monkeypatch):
     assert engine.lifecycle.stats()["live"] == 1.0
     monkeypatch.setattr(Recorder, "stats", lambda self: 1 / 0)
     assert engine.lifecycle.stats()["steps"] == 1.0
+
+
+class Sleeper(Recorder):
+    """Sleeps through as many steps as told."""
+
+    def __init__(self):
+        super().__init__()
+        self.naps = 0
+        self.asked = []
+
+    def asleep(self, requests, new):
+        self.asked.append((requests, new))
+        self.naps -= 1
+        return self.naps >= 0
+
+
+@pytest.fixture
+def sleepy():
+    engine = Engine()
+    engine.proposer = Sleeper()
+    engine.lifecycle = Lifecycle(engine.proposer, VOCAB)
+
+    def nap(emitted):
+        """A step through which the proposer may sleep; whether it did."""
+        if not engine.lifecycle.asleep(list(emitted), list(emitted.values())):
+            engine.step(emitted)
+            return False
+        for request_id, tokens in emitted.items():
+            engine.text[request_id] = engine.text.get(request_id, [1, 2, 3]) + tokens
+        return True
+
+    engine.nap = nap
+    return engine
+
+
+def test_a_proposer_is_shown_what_it_slept_through(sleepy):
+    assert not sleepy.nap({"a": [4], "b": [5]})
+    sleepy.proposer.naps = 3
+    assert sleepy.nap({"a": [6], "b": [7]})
+    assert sleepy.nap({"b": [8], "a": [9]})  # rows have moved
+    assert sleepy.nap({"a": [10], "b": [11], "new": [12]})
+    shown = len(sleepy.proposer.steps)
+    assert not sleepy.nap({"a": [13], "b": [14], "new": [15]})
+    assert sleepy.seen() == sleepy.text
+    assert sleepy.text["new"] == [1, 2, 3, 12, 15]
+    caught_up, step = sleepy.proposer.steps[shown:]
+    assert caught_up.num_drafted.tolist() == [0, 0] and caught_up.load is None and np.isnan(caught_up.seconds)
+    assert sorted(caught_up.tokens.tolist()) == [6, 7, 8, 9, 10, 11]
+    assert sorted(step.tokens.tolist()) == [13, 14]
+    assert sleepy.proposer.asked == [(2, 2), (2, 0), (2, 0), (3, 1), (3, 1)]
+    counters = sleepy.lifecycle.counters
+    assert counters.slept == 3 and counters.resynchronised == 0
+    assert counters.emitted == 12 - 1  # the new request's first token was emitted before it was known
+
+
+def test_a_request_that_ends_in_its_proposers_sleep_is_shown_whole(sleepy):
+    removed = {}
+    forget = sleepy.proposer.remove_request
+
+    def remove(slot):
+        removed[slot] = list(sleepy.proposer.text[slot])
+        forget(slot)
+
+    sleepy.proposer.remove_request = remove
+    sleepy.nap({"a": [4], "b": [5]})
+    sleepy.proposer.naps = 2
+    sleepy.nap({"a": [6], "b": [7]})
+    sleepy.lifecycle.end(["a", "never seen"])
+    assert list(removed.values()) == [[1, 2, 3, 4, 6]]
+    assert sleepy.nap({"b": [8]})
+    assert not sleepy.nap({"b": [9]})
+    assert sleepy.seen() == {"b": sleepy.text["b"]}
+
+
+def test_a_request_switched_off_is_not_shown_its_sleep(sleepy):
+    sleepy.nap({"a": [4], "b": [5]})
+    sleepy.proposer.fail["observe"] = {0}
+    sleepy.nap({"a": [6], "b": [7]})
+    sleepy.proposer.fail["observe"] = set()
+    sleepy.proposer.naps = 1
+    sleepy.nap({"a": [8], "b": [9]})
+    sleepy.nap({"a": [10], "b": [11]})
+    assert sleepy.seen()["b"][-3:] == [7, 9, 11] and "a" not in sleepy.seen()
+    assert sleepy.lifecycle.counters.resynchronised == 0
+
+
+def test_a_proposer_that_fails_to_say_whether_it_sleeps_is_awake(sleepy, caplog):
+    def fail(requests, new):
+        raise RuntimeError("no idea")
+
+    sleepy.proposer.asleep = fail
+    with caplog.at_level(logging.ERROR):
+        assert not sleepy.nap({"a": [4]})
+    assert sleepy.lifecycle.counters.errors == 1 and "asleep" in caplog.text

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 def register() -> None:
     """Teach vLLM's engine arguments this plugin's flags and checks. Idempotent."""
-    from vllm_specplug.host import engine_args, numba_guard
+    from vllm_specplug.host import engine_args, metrics, numba_guard
 
     engine_args.install()
+    metrics.install()
     numba_guard.protect()

@@ -29,8 +29,14 @@ PACKAGE = "vllm_specplug"
 # Also in this package's own entry points; kept here so that a checkout on PYTHONPATH works uninstalled.
 _BUILTIN = {
     "Auto": "vllm_specplug.proposers.auto:Auto",
+    "AdaptiveLength": "vllm_specplug.proposers.adaptive_length:AdaptiveLength",
     "Retrieval": "vllm_specplug.proposers.retrieval:Retrieval",
     "TokenRecycling": "vllm_specplug.proposers.token_recycling:TokenRecycling",
+}
+# vLLM's own, which only draft inside another proposer: the user has them without this plugin.
+_INNER = {
+    "vllm:ngram": "vllm_specplug.host.vllm_drafts:VllmNgram",
+    "vllm:suffix": "vllm_specplug.host.vllm_drafts:VllmSuffix",
 }
 
 
@@ -43,6 +49,10 @@ class GeneralOptions:
         "false: the server starts with the plugin loaded but drafts nothing (to compare, or to rule the plugin out)",
         env="SPECPLUG_ENABLED",
     )
+    state_file: str | None = options.option(
+        None, "keep what is learned, earlier outputs included, in this file, and go on from it after a restart"
+    )
+    save_every_s: float = options.option(300.0, "seconds between saves of the state file; 0: only at the end", low=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +72,7 @@ class Entry:
     @property
     def section(self) -> str:
         """Name of its section of options."""
-        return re.sub(r"(?<!^)(?=[A-Z])", "_", self.name).lower()
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", self.name).lower().replace(":", "_")
 
     def load(self) -> Any:
         """Import the class.
@@ -106,6 +116,25 @@ def find(name: str) -> Entry:
     return known[name]
 
 
+def find_inner(name: str, path: str) -> Entry:
+    """The entry called ``name`` that another proposer may wrap; ``path``: the option that names it.
+
+    Raises:
+        options.OptionError: there is none, or it wraps or budgets itself.
+    """
+    known = {k: e for k, e in (proposers() | _inner()).items() if k not in ("AdaptiveLength", "Auto")}
+    if name not in known:
+        raise options.OptionError(
+            f"{path} = {name!r} is not allowed: expected one of {', '.join(sorted(known))}."
+            + options.nearest(name, known)
+        )
+    return known[name]
+
+
+def _inner() -> dict[str, Entry]:
+    return {name: Entry(name, target, "vllm-specplug") for name, target in _INNER.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class PluginOptions:
     """Everything the user set under ``additional_config["specplug"]``, checked."""
@@ -119,6 +148,33 @@ class PluginOptions:
             return self.sections[entry.section]
         return options.parse(entry.load().Options, {}, f"{options.ROOT}.{entry.section}")
 
+    def check(self, entry: Entry) -> None:
+        """Check the options of ``entry`` and of what it wraps, without building them.
+
+        Raises:
+            options.OptionError: saying what is wrong.
+        """
+        section = self.section(entry)
+        if getattr(entry.load(), "wraps", False):
+            inner = self._inner_of(entry, section)
+            self.section(inner)
+            entry = inner
+        entry.load().check_installed()
+
+    def _inner_of(self, entry: Entry, section: Any) -> Entry:
+        return find_inner(section.inner, f"{options.ROOT}.{entry.section}.inner")
+
+    def build(self, entry: Entry) -> Any:
+        """The proposer of ``entry``, with the user's options.
+
+        Raises:
+            options.OptionError: it cannot be imported, or what it wraps is wrong.
+        """
+        cls, section = entry.load(), self.section(entry)
+        if not getattr(cls, "wraps", False):
+            return cls(section)
+        return cls(section, self.build(self._inner_of(entry, section)))
+
 
 def parse_options(additional_config: Any) -> PluginOptions:
     """Check vLLM's ``additional_config`` and the ``SPECPLUG_*`` environment.
@@ -129,7 +185,7 @@ def parse_options(additional_config: Any) -> PluginOptions:
     data = additional_config.get(options.ROOT, {}) if isinstance(additional_config, dict) else {}
     if not isinstance(data, dict):
         raise options.OptionError(f"{options.ROOT} = {data!r} is not allowed: expected a JSON object of options.")
-    by_section = {entry.section: entry for entry in proposers().values()}
+    by_section = {entry.section: entry for entry in (proposers() | _inner()).values()}
     general_names = GeneralOptions.__dataclass_fields__
     sections = {}
     for key, value in data.items():
@@ -154,7 +210,7 @@ def option_tree() -> list[options.OptionInfo]:
     names it.
     """
     rows = options.describe(GeneralOptions, options.ROOT)
-    for entry in proposers().values():
+    for entry in (proposers() | _inner()).values():
         with contextlib.suppress(options.OptionError):
             rows += options.describe(entry.load().Options, f"{options.ROOT}.{entry.section}")
     return rows

@@ -113,18 +113,41 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
+class Work:
+    """One block of prompts for every arm.
+
+    Attributes:
+        prompts: user messages, or token ids that are sent as they are.
+        max_tokens: most tokens of each output.
+        after: per prompt, how many tokens the first one has emitted when it is sent; empty: all are sent at once.
+        temperature: of sampling; 0: greedy. The samples of a block have fixed seeds.
+        ignore_eos: every output has its most tokens.
+    """
+
+    prompts: Sequence[str | Sequence[int]]
+    max_tokens: Sequence[int]
+    after: Sequence[int] = ()
+    temperature: float = 0.0
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
 class Block:
-    """What one arm did with one block of prompts sent together.
+    """What one arm did with one block of prompts.
 
     Attributes:
         outputs, texts: per prompt, its tokens and their text.
         first_s: from sending to the block's first token.
+        waits: per prompt, seconds from sending it to its first token.
+        timeline: per engine step that emitted tokens, seconds since the first prompt was sent, tokens emitted, and
+            prompts that had a token before the step and are not finished before it.
         seconds: from the block's first token to its last.
         cpu_seconds: processor time that the engine's process used meanwhile, all its threads together.
         timed_tokens: tokens emitted in ``seconds``.
         decoded: tokens after each request's first.
         steps: decode steps summed over requests; ``decoded / steps`` is the mean number of tokens per step (MAT).
         drafted, accepted: draft tokens verified and accepted, from vLLM's own counters.
+        stats: this plugin's counters since the engine started; empty where it drafts nothing.
     """
 
     outputs: list[list[int]]
@@ -137,6 +160,9 @@ class Block:
     steps: int
     drafted: int
     accepted: int
+    waits: list[float] = field(default_factory=list)
+    timeline: list[tuple[float, int, int]] = field(default_factory=list)
+    stats: dict[str, float] = field(default_factory=dict)
 
 
 class ArmFailed(Exception):
@@ -171,14 +197,14 @@ class ArmProcess:
         """
         self.facts = self._reply(self._settings.start_timeout_s, "start")
 
-    def generate(self, prompts: Sequence[str], max_tokens: int) -> Block:
-        """Send ``prompts`` together, greedily, and wait for all of them.
+    def generate(self, work: Work) -> Block:
+        """Send the prompts and wait for all of them.
 
         Raises:
             ArmFailed: the engine stopped.
         """
         try:
-            self._connection.send(("generate", list(prompts), max_tokens))
+            self._connection.send(("generate", work))
         except OSError:
             raise ArmFailed(f"its engine process ended with code {self._exit_code()}") from None
         return self._reply(self._settings.block_timeout_s, "answer")
@@ -233,14 +259,13 @@ def available_gib() -> float:
 def run(
     arms: Sequence[Arm],
     settings: EngineSettings,
-    blocks: Sequence[Sequence[str]],
-    max_tokens: int,
+    blocks: Sequence[Work],
     log_dir: Path,
     *,
     together: bool,
     progress: Progress = lambda arm, state, done: None,
 ) -> list[ArmResult]:
-    """Send every block of prompts to every arm, after two warm-up prompts, and collect what they did.
+    """Give every block of work to every arm, after two warm-up prompts, and collect what they did.
 
     Args:
         together: keep all engines up and give each block to every arm in turn; otherwise one arm after another.
@@ -255,7 +280,7 @@ def run(
         live: dict[str, ArmProcess] = {}
         try:
             _start(group, live, settings, log_dir, progress)
-            for done, prompts in enumerate(blocks, 1):
+            for done, work in enumerate(blocks, 1):
                 # Another arm begins with each block, so that none is always the one after a pause.
                 turn = done % len(group)
                 for result in [*group[turn:], *group[:turn]]:
@@ -263,7 +288,7 @@ def run(
                     if name not in live:
                         continue
                     try:
-                        result.blocks.append(live[name].generate(prompts, max_tokens))
+                        result.blocks.append(live[name].generate(work))
                         progress(name, "done" if done == len(blocks) else "running", done)
                     except ArmFailed as error:
                         _give_up(result, live, error, progress)
@@ -302,7 +327,7 @@ def _start(
         if result.arm.name in live:
             try:
                 for prompt in WARM_UP_PROMPTS:
-                    live[result.arm.name].generate([prompt], 32)
+                    live[result.arm.name].generate(Work([prompt], [32]))
                 progress(result.arm.name, "running", 0)
             except ArmFailed as error:
                 _give_up(result, live, error, progress)

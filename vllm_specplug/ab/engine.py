@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_specplug.ab.arms import Arm, Block, EngineSettings
+    from vllm_specplug.ab.arms import Arm, Block, EngineSettings, Work
 
 
 def serve(connection: Connection, arm: Arm, settings: EngineSettings, log_path: str) -> None:
-    """Start the engine, then answer ``("generate", prompts, max_tokens)`` messages until the parent hangs up.
+    """Start the engine, then answer ``("generate", Work)`` messages until the parent hangs up.
 
     Replies are ``("ready", facts)``, ``("block", Block)`` or ``("failed", reason)``; everything printed here goes to
     ``log_path``.
@@ -36,8 +37,8 @@ def serve(connection: Connection, arm: Arm, settings: EngineSettings, log_path: 
         engine = _Engine(arm, settings)
         connection.send(("ready", engine.facts()))
         while True:
-            _, prompts, max_tokens = connection.recv()
-            connection.send(("block", engine.generate(prompts, max_tokens)))
+            _, work = connection.recv()
+            connection.send(("block", engine.generate(work)))
     except (EOFError, BrokenPipeError):
         pass
     except BaseException as error:
@@ -85,50 +86,72 @@ class _Engine:
     def _counter(self, name: str) -> int:
         return sum(int(m.value) for m in self._llm.get_metrics() if m.name == f"vllm:spec_decode_{name}")
 
-    def generate(self, prompts: list[str], max_tokens: int) -> Block:
+    def generate(self, work: Work) -> Block:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         from vllm_specplug.ab.arms import Block
 
         tokenizer, engine = self._llm.get_tokenizer(), self._llm.llm_engine
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, output_kind=RequestOutputKind.DELTA)
-        ids = []
-        for prompt in prompts:
-            chat = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-            ids.append(tokenizer.encode(text, add_special_tokens=False))
+        ids = [self._tokens(prompt) for prompt in work.prompts]
+        count = len(ids)
+        after = list(work.after) or [0] * count
         drafted, accepted = self._counter("num_draft_tokens"), self._counter("num_accepted_tokens")
 
-        index = {}
-        sent = time.perf_counter()
-        for i, prompt_ids in enumerate(ids):
+        index: dict[str, int] = {}
+        sent_at = [0.0] * count
+        waits = [0.0] * count
+
+        def send(i: int) -> None:
             request_id = str(self._sent)
             self._sent += 1
             index[request_id] = i
-            engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params)
-        outputs: list[list[int]] = [[] for _ in prompts]
+            params = SamplingParams(
+                temperature=work.temperature,
+                seed=i if work.temperature else None,
+                max_tokens=work.max_tokens[i],
+                ignore_eos=work.ignore_eos,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            sent_at[i] = time.perf_counter()
+            engine.add_request(request_id, {"prompt_token_ids": ids[i]}, params)
+
+        outputs: list[list[int]] = [[] for _ in ids]
+        timeline: list[tuple[float, int, int]] = []
         first = last = None
-        at_first = steps = 0
+        at_first = steps = finished = 0
         cpu_first = cpu_last = 0.0
-        while engine.has_unfinished_requests():
-            finished_step = engine.step()
+        waiting = sorted(range(count), key=lambda i: after[i])
+        while waiting or engine.has_unfinished_requests():
+            while waiting and (after[waiting[0]] <= len(outputs[0]) or not engine.has_unfinished_requests()):
+                send(waiting.pop(0))
+            running = sum(map(bool, outputs)) - finished
+            results = engine.step()
             now, cpu_now = time.perf_counter(), time.process_time()
-            for output in finished_step:
+            emitted = 0
+            for output in results:
                 tokens = output.outputs[0].token_ids
+                finished += output.finished
                 if not tokens:
                     continue
-                mine = outputs[index[output.request_id]]
-                steps += bool(mine)  # a request's first tokens come from its prefill, not from a decode step
+                i = index[output.request_id]
+                mine = outputs[i]
+                if mine:
+                    steps += 1  # a request's first tokens come from its prefill, not from a decode step
+                else:
+                    waits[i] = now - sent_at[i]
                 mine.extend(tokens)
+                emitted += len(tokens)
                 last, cpu_last = now, cpu_now
+            if emitted:
+                timeline.append((now - sent_at[0], emitted, running))
             if first is None and last is not None:
                 first, cpu_first, at_first = last, cpu_last, sum(map(len, outputs))
         seconds = last - first if first is not None and last is not None else 0.0
         return Block(
             outputs=outputs,
             texts=[tokenizer.decode(tokens) for tokens in outputs],
-            first_s=(first - sent) if first is not None else 0.0,
+            first_s=(first - sent_at[0]) if first is not None else 0.0,
             seconds=seconds,
             cpu_seconds=cpu_last - cpu_first,
             timed_tokens=sum(map(len, outputs)) - at_first,
@@ -136,4 +159,20 @@ class _Engine:
             steps=steps,
             drafted=self._counter("num_draft_tokens") - drafted,
             accepted=self._counter("num_accepted_tokens") - accepted,
+            waits=waits,
+            timeline=timeline,
+            stats=self._drafter_stats(),
         )
+
+    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        chat = [{"role": "user", "content": prompt}]
+        tokenizer = self._llm.get_tokenizer()
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def _drafter_stats(self) -> dict[str, float]:
+        worker = self._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        drafter = getattr(worker.model_runner, "drafter", None)
+        return drafter.stats() if getattr(drafter, "is_specplug", False) else {}

@@ -116,8 +116,7 @@ def _measure(
         return arms.run(
             compared,
             settings,
-            [[row["prompt"]] for row in prompts],
-            args.max_tokens,
+            [arms.Work([row["prompt"]], [args.max_tokens]) for row in prompts],
             logs,
             together=together,
             progress=progress,

@@ -9,10 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import demo, doctor, model, options
+from . import demo, doctor, model, options, stats
 from .common import CommandError, installed_version
 
-COMMANDS = (demo, doctor, options, model)
+COMMANDS = (demo, doctor, options, stats, model)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_specplug import options, registry
-from vllm_specplug.host import compat, numba_guard, patching, sampling_params
+from vllm_specplug.host import compat, metrics, numba_guard, patching, sampling_params
 
 #: Older spellings of vLLM's own flags, still in many launch scripts: flag -> (current flag, destination, type).
 OLDER_FLAGS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
@@ -133,10 +133,24 @@ def check(engine_args: Any) -> None:
             f"rejection_sample_method = 'synthetic' is not allowed with {registry.PACKAGE}.{entry.name}: drafts are "
             "verified against the model, none is accepted at a made-up rate."
         )
-    registry.parse_options(additional).section(entry)
+    user = registry.parse_options(additional)
+    user.check(entry)
+    _prepare_state_file(user.general.state_file)
+    metrics.install_front(engine_args)
     warning = compat.require()
     if warning:
         _warn_once(warning)
+
+
+def _prepare_state_file(path: str | None) -> None:
+    """Check where learned state is to be kept, and see to it that a server that ends has the time to save it."""
+    if path is None:
+        return
+    from vllm_specplug.host import state_file
+
+    state_file.check_path(path)
+    if not state_file.install_front():
+        _warn_once(f"this vLLM ends engines without notice: {path} is saved every save_every_s seconds only")
 
 
 def _warn_once(message: str) -> None:

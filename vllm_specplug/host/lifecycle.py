@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from vllm_specplug.host.draft_counts import DraftCounts, accepted_nodes
 from vllm_specplug.host.forests import KeptTree, read_forest
-from vllm_specplug.proposers.base import Int32Array, Proposer, Request, StepResult
+from vllm_specplug.host.metrics import Snapshot
+from vllm_specplug.proposers.base import Int32Array, Proposer, Request, StepLoad, StepResult
 
 logger = logging.getLogger("vllm.specplug")
 
@@ -43,6 +46,7 @@ class Counters:
     requests_without_drafts: int = 0
     requests_with_chains_only: int = 0
     resynchronised: int = 0
+    slept: int = 0
     observe_ns: int = 0
     propose_ns: int = 0
     admit_ns: int = 0
@@ -60,6 +64,8 @@ class Rows:
         drafted: ``int32[n]`` draft tokens verified for each.
         limits: ``int32[n]`` most draft tokens each may get.
         topk: ``(row_tokens, row_offsets, row_parents, ids, logprobs)`` as in :class:`StepResult`, or None.
+        load, seconds, overhead: as in :class:`StepResult`.
+        paths: ``int32[n, W]``: the row, among its request's, that emitted each token; None if all drafts were chains.
     """
 
     rows: Int32Array
@@ -69,6 +75,10 @@ class Rows:
     drafted: Int32Array
     limits: Int32Array
     topk: TopK | None = None
+    load: StepLoad | None = None
+    seconds: float = math.nan
+    overhead: float = math.nan
+    paths: np.ndarray | None = None
 
 
 @dataclass(slots=True)
@@ -112,15 +122,52 @@ class Lifecycle:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.counters = Counters()
+        self.counts = DraftCounts(proposer.name)
         #: Branching drafts the engine holds, by request id; chains need not be remembered.
         self.trees: dict[str, KeptTree] = {}
         self._slots = _Slots()
+        #: Steps that the proposer slept through: request ids and what each emitted.
+        self._held: list[tuple[Sequence[str], Sequence[list[int]]]] = []
         self._logged: set[str] = set()
 
     @property
     def live(self) -> int:
         """Requests with state."""
         return len(self._slots.of)
+
+    def asleep(self, request_ids: Sequence[str], emitted: Sequence[list[int]]) -> bool:
+        """Whether this step, in which each of these requests emitted tokens, needs no :meth:`step`: the proposer
+        sleeps, and is shown these tokens when it wakes. To be asked once per step; the arguments are kept."""
+        slots = self._slots.of
+        try:
+            asleep = self.proposer.asleep(len(request_ids), sum(i not in slots for i in request_ids))
+        except Exception:
+            self._failed("asleep")
+            return False
+        if asleep:
+            self.counters.slept += 1
+            self._held.append((request_ids, emitted))
+        return asleep
+
+    def _wake(self) -> None:
+        """Show the proposer what it slept through, of the requests it knows."""
+        held, self._held = self._held, []
+        slots, tokens = self._slots, dict[int, list[int]]()
+        for request_ids, emitted in held:
+            for request_id, new in zip(request_ids, emitted, strict=True):
+                slot = slots.of.get(request_id)
+                if slot is not None:
+                    tokens.setdefault(slot, []).extend(new)
+        slot = np.fromiter(tokens, np.int32, len(tokens))
+        lengths = np.fromiter(map(len, tokens.values()), np.int32, len(tokens))
+        slots.known[slot] += lengths
+        self.counters.emitted += int(lengths.sum())
+        self.counts.slept(slot, lengths)
+        keep = ~slots.off[slot]
+        if keep.any():
+            nothing = np.zeros(len(slot), np.int32)
+            rows = Rows(nothing, (), list(tokens.values()), nothing, nothing, nothing)
+            self._observe(self._result(rows, slot, lengths, keep))
 
     def step(self, batch: Rows, admit: Admit) -> list[list[int]]:
         """Observe one step and draft for the next. Drafts that branch are in :attr:`trees` until the request's next
@@ -130,6 +177,8 @@ class Lifecycle:
             Draft tokens per request of ``batch``, in its order; empty lists where nothing is drafted.
         """
         counters, slots = self.counters, self._slots
+        if self._held:
+            self._wake()
         if self.trees:
             for request_id in batch.ids:
                 self.trees.pop(request_id, None)
@@ -151,6 +200,8 @@ class Lifecycle:
                 self._remove(batch.ids[i])
             slot[i] = self._admit(int(batch.rows[i]), batch.ids[i], admit)
         slots.known[slot] = batch.totals
+        path_nodes = None if batch.paths is None else accepted_nodes(batch.paths, lengths)
+        self.counts.verified(slot, batch.drafted, lengths, path_nodes)
         known = seen & ~behind & ~slots.off[slot]
         if known.any():
             self._observe(self._result(batch, slot, lengths, known))
@@ -174,6 +225,8 @@ class Lifecycle:
 
     def end(self, request_ids: Sequence[str]) -> None:
         """Forget requests that finished or were aborted; unknown ids are ignored."""
+        if self._held and any(i in self._slots.of for i in request_ids):
+            self._wake()
         for request_id in request_ids:
             if request_id in self._slots.of:
                 self._remove(request_id)
@@ -186,6 +239,10 @@ class Lifecycle:
         """Counters, and the proposer's own under its name."""
         own = {name: float(getattr(self.counters, name)) for name in Counters.__dataclass_fields__}
         return own | {"live": float(self.live)} | {f"{self.proposer.name}.{k}": v for k, v in self._own_stats().items()}
+
+    def snapshot(self, more: Mapping[str, float]) -> Snapshot:
+        """Everything, ``more`` included, for metrics."""
+        return self.counts.snapshot(self.stats() | more, self._slots.of)
 
     def _own_stats(self) -> dict[str, float]:
         try:
@@ -212,6 +269,7 @@ class Lifecycle:
 
     def _remove(self, request_id: str) -> None:
         slot = self._slots.of.pop(request_id)
+        self.counts.finish(slot, request_id)
         self.trees.pop(request_id, None)
         if not self._slots.off[slot]:
             try:
@@ -243,6 +301,9 @@ class Lifecycle:
             row_parents=row_parents,
             topk_ids=topk_ids,
             topk_logprobs=topk_logprobs,
+            load=batch.load,
+            seconds=batch.seconds,
+            overhead=batch.overhead,
         )
 
     def _observe(self, step: StepResult) -> None:
@@ -287,7 +348,9 @@ class Lifecycle:
 
     def _ask(self, slots: Int32Array, limits: Int32Array) -> tuple[list[list[int]], list[KeptTree | None]]:
         forest = self.proposer.propose(slots, limits)
-        return read_forest(forest, limits, self._slots.branching[slots], self.vocab_size)
+        found = read_forest(forest, limits, self._slots.branching[slots], self.vocab_size)
+        self.counts.note(slots, forest)
+        return found
 
     def _turn_off(self, slot: int) -> None:
         self.counters.requests_without_drafts += 1

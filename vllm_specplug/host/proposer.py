@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -22,14 +23,18 @@ from vllm_specplug.host import (
     cpu_sampling,
     eligibility,
     forests,
+    metrics,
     runner,
     sampling_params,
+    state_file,
     tree_plan,
     verification,
 )
 from vllm_specplug.host.lifecycle import Lifecycle, Rows, TopK
+from vllm_specplug.host.step_clock import StepClock, load_of, probe
 from vllm_specplug.host.trees import TreeHost
 from vllm_specplug.kernels.logits_topk import LogitsTopK
+from vllm_specplug.proposers.adaptive_length import AdaptiveLength
 from vllm_specplug.proposers.base import Int32Array, Request
 
 logger = logging.getLogger("vllm.specplug")
@@ -59,16 +64,23 @@ class HostProposer:
         self.max_draft_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
         self.max_model_len = int(vllm_config.model_config.max_model_len)
         self._dtype = vllm_config.model_config.dtype
-        inner = self.entry.load()(user.section(self.entry))
-        self.lifecycle = Lifecycle(inner, int(vllm_config.model_config.get_vocab_size()), self.max_model_len)
+        proposer = user.build(self.entry)
+        self.lifecycle = Lifecycle(proposer, int(vllm_config.model_config.get_vocab_size()), self.max_model_len)
         self._drafts = user.general.enabled and _reports_to_scheduler(vllm_config.parallel_config)
         # Before the model's layers are made, which is when they choose their attention.
         self.trees = TreeHost(vllm_config, self._drafts, user.general.enabled)
-        self._read_topk = LogitsTopK(inner.topk)
+        self._read_topk = LogitsTopK(proposer.topk)
         self._topk: tuple[np.ndarray, np.ndarray] | None = None
         self._discarded: dict[int, torch.Tensor] = {}
+        self._clock = StepClock()
+        self._resting = False
+        self._paths: np.ndarray | None = None
+        self._wanted = user.general.enabled
+        self._keeper = self._make_keeper(vllm_config, user.general) if self._drafts else None
+        self._probed = False
         #: Requests that may get no drafts or chains only, by reason.
         self._restricted: collections.Counter[str] = collections.Counter()
+        self._publisher = self._make_publisher(vllm_config) if self._drafts else None
 
     def load_model(self, target_model: Any) -> None:
         """Called once by the runner after it has loaded the target model: compile before the first request."""
@@ -77,12 +89,15 @@ class HostProposer:
             return
         start = time.perf_counter()
         forests.warm_up()
+        self.lifecycle.counts.warm_up()
         self.lifecycle.proposer.warm_up()
         verification.warm_up()
         if self.lifecycle.proposer.wants_topk:
             self._read_topk(torch.zeros((1, 64), dtype=self._dtype))
             one = np.ones(1, np.int32)
             tree_plan.gather_rows(one, one * 0, np.zeros(1, np.int64), one, None)
+        if self._keeper is not None:
+            self._keeper.resume(self.lifecycle.proposer.restore)
         logger.info(
             "vllm-specplug: proposer %s is ready (at most %d draft tokens per request and step, warm-up %.1f s).%s",
             self.lifecycle.proposer.name,
@@ -90,6 +105,28 @@ class HostProposer:
             time.perf_counter() - start,
             "" if self.lifecycle.proposer.lossless else " Its output is APPROXIMATE, as asked for by name.",
         )
+
+    def _make_keeper(self, vllm_config: Any, general: registry.GeneralOptions) -> state_file.StateKeeper | None:
+        if general.state_file is None:
+            return None
+        path = state_file.path_for(general.state_file, int(vllm_config.parallel_config.data_parallel_rank))
+        proposer = self.lifecycle.proposer
+        identity = state_file.identity_of(vllm_config, proposer.name)
+        return state_file.StateKeeper(path, identity, proposer.state, general.save_every_s)
+
+    def _make_publisher(self, vllm_config: Any) -> metrics.Publisher:
+        labels = {
+            "proposer": self.lifecycle.proposer.name,
+            "engine": str(vllm_config.parallel_config.data_parallel_rank),
+        }
+        return metrics.Publisher(labels, lambda: self.lifecycle.snapshot(self._own_stats()))
+
+    def close(self) -> None:
+        """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
+        if self._publisher is not None:
+            self._publisher.close()
+        if self._keeper is not None:
+            self._keeper.close()
 
     def propose(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
         """vLLM's own call, which :mod:`vllm_specplug.host.runner` replaces by :meth:`draft`."""
@@ -101,11 +138,33 @@ class HostProposer:
     def on_kv_cache(self, runner: Any) -> None:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
         self.trees.on_kv_cache(runner)
+        self._probe(runner)
+
+    def _probe(self, runner: Any) -> None:
+        """Time steps of a few sizes, where the proposer has use for it. On CPUs, where the model has been compiled and
+        warmed up by now; elsewhere its graphs are captured later, and times are learned from requests alone."""
+        options = self.lifecycle.proposer.options if isinstance(self.lifecycle.proposer, AdaptiveLength) else None
+        if self._probed or not self._wanted or options is None or not options.start_probe:
+            return
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            return
+        self._probed = True
+        start = time.perf_counter()
+        try:
+            loads, seconds = probe(runner)
+        except Exception:
+            logger.warning("vllm-specplug: timing steps at start failed; their times are learned later.", exc_info=True)
+            return
+        self.lifecycle.proposer.times.prime(loads, seconds)
+        logger.info("vllm-specplug: timed steps of %d sizes in %.1f s.", len(loads), time.perf_counter() - start)
 
     def on_inputs(
         self, runner: Any, scheduler_output: Any, num_scheduled_tokens: Any, spec_decode_metadata: Any
     ) -> None:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
+        self._clock.forward()
         kept = self.lifecycle.trees
         self.trees.begin(runner, scheduler_output, num_scheduled_tokens, spec_decode_metadata, kept)
 
@@ -120,13 +179,17 @@ class HostProposer:
 
     def stats(self) -> dict[str, float]:
         """Every counter, by name."""
-        restricted = {name: float(count) for name, count in self._restricted.items()}
-        return self.lifecycle.stats() | self.trees.stats() | restricted
+        return self.lifecycle.stats() | self._own_stats()
+
+    def _own_stats(self) -> dict[str, float]:
+        return self.trees.stats() | {name: float(count) for name, count in self._restricted.items()}
 
     def on_states_updated(self, scheduler_output: Any) -> None:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
         if scheduler_output.finished_req_ids:
             self.lifecycle.end(list(scheduler_output.finished_req_ids))
+            if self._publisher is not None and not self.lifecycle.live:
+                self._publisher.publish()  # no step may come for long
 
     def verify(self, runner: Any, logits: Any, spec_decode_metadata: Any, original: Callable[..., Any]) -> Any:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
@@ -141,6 +204,7 @@ class HostProposer:
         likeliest = None if self._topk is None else self._topk[0][:, 0]
         parents = self.row_parents(runner, spec_decode_metadata)
         verified = verification.verify(runner, logits, spec_decode_metadata, parents, likeliest)
+        self._paths = None if parents is None else verified.paths
         self.after_verify(runner, verified)
         return verified.output
 
@@ -150,9 +214,11 @@ class HostProposer:
 
     def _keep_topk(self, logits: Any) -> None:
         """Keep the target's top-k of every verified row, where the proposer asks for it."""
-        if not self._drafts or logits is None or not self.lifecycle.proposer.wants_topk:
+        if not self._drafts or self._resting or logits is None or not self.lifecycle.proposer.wants_topk:
             return
+        start = self._clock.read()
         self._topk = self._read_topk(logits)
+        self._clock.spent(start)
 
     def draft(
         self, runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]], spec_decode_metadata: Any
@@ -161,9 +227,20 @@ class HostProposer:
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         if not self._drafts:
             return drafts
+        start, seconds = self._clock.read(), self._clock.lap()
+        if self._keeper is not None:
+            self._keeper.tick(start * 1e-9)
+        if self._publisher is not None:
+            self._publisher.tick(start)
         batch = runner.input_batch
         rows = [i for i, tokens in enumerate(sampled_token_ids) if tokens]  # a prefill chunk emits nothing
         if not rows:
+            return drafts
+        ids = [batch.req_ids[i] for i in rows]
+        emitted = [sampled_token_ids[i] for i in rows]
+        was_resting, self._resting = self._resting, self.lifecycle.asleep(ids, emitted)
+        if self._resting:
+            self._topk = None
             return drafts
         index = np.array(rows, np.int32)
         verified = np.zeros(len(sampled_token_ids), np.int32)
@@ -172,18 +249,25 @@ class HostProposer:
         totals = batch.num_tokens_no_spec[index].astype(np.int32)
         asked = getattr(scheduler_output, "num_spec_tokens_to_schedule", self.max_draft_tokens)
         limit = self.max_draft_tokens if asked is None else min(self.max_draft_tokens, int(asked))
+        overhead = self._clock.overhead()
+        paths, self._paths = self._paths, None
         step = Rows(
             rows=index,
-            ids=[batch.req_ids[i] for i in rows],
-            emitted=[sampled_token_ids[i] for i in rows],
+            ids=ids,
+            emitted=emitted,
             totals=totals,
             drafted=verified[index],
             limits=np.full(len(rows), limit, np.int32),
             topk=self._take_topk(batch, index, totals, sampled_token_ids, verified, spec_decode_metadata),
+            load=load_of(runner, verified),
+            seconds=seconds,
+            overhead=math.nan if was_resting else overhead,
+            paths=None if paths is None else paths[index],
         )
         found = self.lifecycle.step(step, lambda row, rid, slot: self._request(runner, row, rid, slot))
         for row, tokens in zip(rows, found, strict=True):
             drafts[row] = tokens
+        self._clock.spent(start)
         return drafts
 
     def _take_topk(

@@ -7,6 +7,7 @@ servers that load the plugin without selecting one of its proposers run vLLM's o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
@@ -38,6 +39,9 @@ class RunnerHooks(Protocol):
     def bookkeeping(self, runner: Any) -> AbstractContextManager[None]:
         """Around the runner's own bookkeeping of the tokens sampled."""
 
+    def close(self) -> None:
+        """The engine ends."""
+
     def draft(
         self, runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]], spec_decode_metadata: Any
     ) -> list[list[int]]:
@@ -54,13 +58,15 @@ def install() -> None:
 
     for name, make in _PATCHES.items():
         patching.wrap(GPUModelRunner, name, make)
+    with contextlib.suppress(patching.HostSymbolMissing):  # the interpreter's end does it too, where it is reached
+        patching.wrap(GPUModelRunner, "shutdown", _shutdown)
 
 
 def uninstall() -> None:
     """Undo :func:`install`."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    for name in _PATCHES:
+    for name in (*_PATCHES, "shutdown"):
         patching.unwrap(GPUModelRunner, name)
 
 
@@ -151,6 +157,16 @@ def _propose_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]
         return original(self, scheduler_output, sampled_token_ids, *args, **kwargs)
 
     return propose_draft_token_ids
+
+
+def _shutdown(original: Callable[..., Any]) -> Callable[..., Any]:
+    def shutdown(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let the drafter save what it learned, while everything is still there. Called once, when an engine ends."""
+        if (hooks := _hooks(self)) is not None:
+            hooks.close()
+        return original(self, *args, **kwargs)
+
+    return shutdown
 
 
 # Position of spec_decode_metadata among the arguments after sampled_token_ids: sampling_metadata,
