@@ -201,10 +201,10 @@ def parse_settings(settings: list[str]) -> dict[str, dict[str, Any]]:
 def build(name: str, settings: dict[str, dict[str, Any]]) -> tuple[Proposer, Any]:
     """A warm proposer by its registered name, and its options."""
     entry = registry.find(name)
-    section = registry.parse_options({"specplug": settings}).section(entry)
-    proposer = entry.load()(section)
+    user = registry.parse_options({"specplug": settings})
+    proposer = user.build(entry)
     proposer.warm_up()
-    return proposer, section
+    return proposer, user.section(entry)
 
 
 def git_sha() -> str:

@@ -200,6 +200,8 @@ class Proposer(abc.ABC):
     bounds_depth: ClassVar[bool] = False
     #: False if its nodes' ``probs`` are no probabilities; a budget then learns them (see :mod:`.acceptance`).
     calibrated: ClassVar[bool] = True
+    #: Options that suit it inside a budget, which cuts by itself; they hold where the user sets none of its options.
+    under_budget: ClassVar[Mapping[str, Any]] = {}
     #: Nodes less probable than this are not worth drafting: a budget around the proposer sets it before ``propose``.
     floor: float = 0.0
     #: False for proposers whose use changes the output distribution.

@@ -110,6 +110,7 @@ class Drafter(Proposer):
     """Base of this package's proposers."""
 
     bounds_depth: ClassVar[bool] = True
+    under_budget: ClassVar[Mapping[str, Any]] = {"min_prob": 0.0}
     #: What the subclass was built with.
     options: Any
 

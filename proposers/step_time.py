@@ -22,8 +22,9 @@ particular:
   ascent on the multipliers (Hildreth 1957). To bound the filter's own state would drive flat slopes up: noise could
   then only raise them.
 
-Compared on simulated servers (four shapes, 8% noise, 1% outliers): least squares with exponential forgetting and
-nonnegative coordinate descent, on the same features and prior, predicts as well but loses what is not visited.
+Tried instead on simulated servers of four shapes (8% noise, 1% outliers): least squares on the same features and prior
+with exponential forgetting, solved by nonnegative coordinate descent. Predictions and slopes were as good, but 1,000
+steps without drafts moved the cost of a draft by 8%, here by 1%. Directional forgetting alone kept it.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ _ROUNDING = 1e-12
 _MOST_SAVED = 50.0
 # Seconds that a step can take: what is outside counts as the bound.
 _SHORTEST, _LONGEST = 1e-7, 1e4
-# Of what is known of the noise: its standard deviation, that before the first steps, residuals in a row on one side.
+# Of the noise: its standard deviation, that before the first steps; and clipped residuals in a row on one side.
 _NOISE_SD, _FIRST_NOISE, _RUN = range(3)
 
 

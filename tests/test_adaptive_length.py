@@ -353,7 +353,11 @@ def test_the_inner_proposer_is_named_by_an_option():
     user = registry.parse_options({"specplug": {"adaptive_length": {"inner": "TokenRecycling"}}})
     proposer = user.build(registry.find("AdaptiveLength"))
     assert proposer.inner.name == "token_recycling" and proposer.wants_topk
-    assert registry.parse_options({}).build(registry.find("AdaptiveLength")).inner.name == "retrieval"
+    default = registry.parse_options({}).build(registry.find("AdaptiveLength")).inner
+    assert default.name == "retrieval" and default.options.min_prob == 0  # the budget cuts, unless the user wants both
+    assert registry.parse_options({}).section(registry.find("Retrieval")).min_prob > 0
+    user = registry.parse_options({"specplug": {"retrieval": {"min_prob": 0.2}}})
+    assert user.build(registry.find("AdaptiveLength")).inner.options.min_prob == 0.2
 
 
 @pytest.mark.parametrize("name", ["Auto", "AdaptiveLength", "Retrievl", "vllm:eagle"])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import prometheus_client
 import pytest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 from vllm_specplug.proposers.base import DraftForest
 
@@ -398,14 +399,11 @@ def test_single_metrics_can_be_asked_for():
 
 @pytest.fixture
 def front(monkeypatch):
-    """A process that has not started an engine yet; vLLM's functions as they were afterwards."""
-    vllm_metrics = pytest.importorskip("vllm.v1.metrics.prometheus")
+    """A process that has not started an engine yet, with a default registry of its own."""
     monkeypatch.delenv(metrics.ENVIRONMENT)
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     monkeypatch.setattr(metrics, "_made", None)
     monkeypatch.setattr(prometheus_client, "REGISTRY", prometheus_client.CollectorRegistry(auto_describe=True))
-    monkeypatch.setattr(vllm_metrics, "REGISTRY", prometheus_client.REGISTRY)
-    yield vllm_metrics
+    yield
     made = metrics._made
     metrics.uninstall()
     if made is not None:
@@ -413,53 +411,61 @@ def front(monkeypatch):
         assert not Path(made[0]).exists()
 
 
-def engine_args(count=1, rank=0):
-    return SimpleNamespace(_api_process_count=count, _api_process_rank=rank)
+ENGINE_ARGS = SimpleNamespace(disable_log_stats=False)
+
+
+def in_child(function, *args):
+    child = multiprocessing.get_context("spawn").Process(target=function, args=args)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
 
 
 def publish_once(requests):
     Publisher(LABELS, lambda: a_snapshot(requests=float(requests)))
 
 
-def text_of(registry):
-    return prometheus_client.generate_latest(registry).decode()
+def serve_multiprocess(files, answer):
+    """What an API server's process does that is one of several: vLLM's route makes a registry for each scrape."""
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(files)
+    inherited = os.environ[metrics.ENVIRONMENT]
+    for _ in range(2):  # vLLM checks its engine arguments twice
+        metrics.install_front(ENGINE_ARGS)
+    assert os.environ[metrics.ENVIRONMENT] == inherited and metrics._made is None
+    registry = prometheus_client.CollectorRegistry()
+    MultiProcessCollector(registry)
+    answer.write_bytes(prometheus_client.generate_latest(registry))
 
 
 def test_an_engine_process_publishes_to_its_parents_registry(front):
-    metrics.install_front(engine_args())
-    metrics.install_front(engine_args())
-    path = os.environ[metrics.ENVIRONMENT]
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o700
-    child = multiprocessing.get_context("spawn").Process(target=publish_once, args=(6,))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-    registry = front.get_prometheus_registry()
-    assert registry is prometheus_client.REGISTRY
-    assert text_of(registry).count("vllm_specplug:requests_total{") == 1
-    assert 'vllm_specplug:requests_total{engine="0",proposer="auto"} 6.0' in text_of(registry)
+    metrics.install_front(ENGINE_ARGS)
+    metrics.install_front(ENGINE_ARGS)
+    assert stat.S_IMODE(os.stat(os.environ[metrics.ENVIRONMENT]).st_mode) == 0o700
+    in_child(publish_once, 6)
+    lines = prometheus_client.generate_latest(prometheus_client.REGISTRY).decode().splitlines()
+    assert lines.count('vllm_specplug:requests_total{engine="0",proposer="auto"} 6.0') == 1
 
 
-def test_every_one_of_several_api_servers_shows_the_same(front, tmp_path, monkeypatch):
-    metrics.install_front(engine_args(2, -1))
-    path = os.environ[metrics.ENVIRONMENT]
+def test_every_one_of_several_api_servers_shows_the_same(front, tmp_path):
+    metrics.install_front(ENGINE_ARGS)
     publish_once(8)
-    # An API server's process: it inherits the directory, and its registry is made anew.
-    monkeypatch.setattr(metrics, "_made", None)
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    for rank in (0, 1):
-        metrics.install_front(engine_args(2, rank))
-        assert os.environ[metrics.ENVIRONMENT] == path and metrics._made is None
-        registry = front.get_prometheus_registry()
-        assert registry is not prometheus_client.REGISTRY
-        assert text_of(registry).count("vllm_specplug:requests_total{") == 1
-    metrics._remove_directory(path, os.getpid())
+    for rank in range(2):
+        in_child(serve_multiprocess, tmp_path, tmp_path / str(rank))
+        lines = (tmp_path / str(rank)).read_text().splitlines()
+        assert lines.count('vllm_specplug:requests_total{engine="0",proposer="auto"} 8.0') == 1
+    assert Path(os.environ[metrics.ENVIRONMENT]).is_dir(), "removed by a process that did not make it"
 
 
 def test_a_server_started_from_a_servers_process_has_its_own_directory(front, directory, monkeypatch):
     monkeypatch.setenv(metrics.ENVIRONMENT, str(directory))
-    metrics.install_front(engine_args())
+    metrics.install_front(ENGINE_ARGS)
     assert os.environ[metrics.ENVIRONMENT] != str(directory)
+
+
+def test_without_statistics_of_vllms_there_are_none_of_ours(front):
+    metrics.install_front(SimpleNamespace(disable_log_stats=True))
+    assert metrics.ENVIRONMENT not in os.environ and metrics._made is None
+    assert prometheus_client.generate_latest(prometheus_client.REGISTRY) == b""
 
 
 def test_the_directory_is_there_before_a_fork_server(front, monkeypatch):
@@ -468,15 +474,8 @@ def test_the_directory_is_there_before_a_fork_server(front, monkeypatch):
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "forkserver")
     metrics.install()
     path = os.environ[metrics.ENVIRONMENT]
-    metrics.install_front(engine_args())
+    metrics.install_front(ENGINE_ARGS)
     assert os.environ[metrics.ENVIRONMENT] == path and Path(path).is_dir()
-
-
-def test_a_forked_child_leaves_the_directory(front):
-    metrics.install_front(engine_args())
-    path, owner = metrics._made
-    metrics._remove_directory(path, owner + 1)
-    assert Path(path).is_dir()
 
 
 def test_no_room_for_a_directory_is_logged_once(front, caplog, monkeypatch):
@@ -485,14 +484,14 @@ def test_no_room_for_a_directory_is_logged_once(front, caplog, monkeypatch):
 
     monkeypatch.setattr(metrics.tempfile, "mkdtemp", refuse)
     caplog.set_level(logging.WARNING, "vllm.specplug")
-    metrics.install_front(engine_args())
-    metrics.install_front(engine_args())
+    metrics.install_front(ENGINE_ARGS)
+    metrics.install_front(ENGINE_ARGS)
     assert len(caplog.records) == 1 and "No space left" in caplog.text
 
 
 def test_uninstall(front):
-    original = front.get_prometheus_registry
-    metrics.install_front(engine_args())
-    assert front.get_prometheus_registry is not original
+    original = MultiProcessCollector.collect
+    metrics.install_front(ENGINE_ARGS)
+    assert MultiProcessCollector.collect is not original
     metrics.uninstall()
-    assert front.get_prometheus_registry is original
+    assert MultiProcessCollector.collect is original

@@ -13,6 +13,9 @@ import json
 import jsonschema
 import pytest
 from server import MODEL, Server, serve_flags
+from vllm_specplug.proposers import saved_state
+
+from vllm_specplug.cli import main
 
 pytestmark = pytest.mark.engine
 
@@ -35,8 +38,16 @@ def server(tmp_path_factory):
     ]
     if PER_REQUEST in serve_flags():
         args.append(f"{PER_REQUEST}=summary")
-    config = {"specplug": {"retrieval": {"min_prob": 0.1, "store_bytes": 4 << 20}}}
-    with Server(MODEL, tmp_path_factory.mktemp("server") / "vllm.log", args, config) as running:
+    folder = tmp_path_factory.mktemp("server")
+    config = {
+        "specplug": {
+            "retrieval": {"min_prob": 0.1, "store_bytes": 4 << 20},
+            "state_file": str(folder / "learned.npz"),
+            "save_every_s": 0.0,
+        }
+    }
+    with Server(MODEL, folder / "vllm.log", args, config) as running:
+        running.state_file = folder / "learned.npz"
         yield running
 
 
@@ -249,6 +260,23 @@ def test_metrics(client, server):
         assert own["num_accepted_draft_tokens"] == moved["accepted"]
 
 
+def test_own_metrics_beside_the_servers(client, server, capsys):
+    with drafting(server):
+        chat(client, "Count from one to thirty in words.")
+        chat(client, "Count from one to thirty in words.")
+    server.wait_idle()  # a snapshot is written when the last request has ended
+    assert main.main(["stats", "--json", "--requests", "--url", server.url]) == 0
+    document = json.loads(capsys.readouterr().out)
+    [engine] = document["engines"]
+    assert engine["labels"]["proposer"] == "retrieval"
+    depths = [counts for source in engine["sources"].values() for counts in source.values()]
+    counted = {name: sum(counts[name] for counts in depths) for name in ("verified", "accepted")}
+    assert counted["verified"] == server.drafted()
+    # vLLM cuts the tokens of a step that ends a request before it counts.
+    assert 0 <= counted["accepted"] - server.accepted() < counted["accepted"] / 2
+    assert any(request["accepted"] > 5 for request in document["requests"])
+
+
 def test_tenants_share_no_text(client, server):
     """The second time a tenant sends a prompt, the first output is drafted; another tenant gets nothing of it."""
     prompt = "The minutes of our village council, as taken down on the fourth of May:"
@@ -294,3 +322,7 @@ def test_shutdown(server):
     assert left == [], "processes outlived the server"
     # Not "no error": vLLM 0.28 itself logs one when its engine process ends before its front process.
     assert "specplug" not in server.text()[before:]
+    about, state = saved_state.read(server.state_file)
+    assert about["identity"]["proposer"] == "retrieval"
+    assert sum(array.size for array in state.values()) > 1000
+    assert server.state_file.stat().st_mode & 0o077 == 0

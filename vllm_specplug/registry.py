@@ -142,11 +142,12 @@ class PluginOptions:
     general: GeneralOptions
     sections: dict[str, Any]
 
-    def section(self, entry: Entry) -> Any:
-        """The options of ``entry``, its defaults if the user set none."""
+    def section(self, entry: Entry, inner: bool = False) -> Any:
+        """The options of ``entry``, its defaults if the user set none: those for an ``inner`` one, if it is wrapped."""
         if entry.section in self.sections:
             return self.sections[entry.section]
-        return options.parse(entry.load().Options, {}, f"{options.ROOT}.{entry.section}")
+        cls = entry.load()
+        return options.parse(cls.Options, cls.under_budget if inner else {}, f"{options.ROOT}.{entry.section}")
 
     def check(self, entry: Entry) -> None:
         """Check the options of ``entry`` and of what it wraps, without building them.
@@ -173,7 +174,8 @@ class PluginOptions:
         cls, section = entry.load(), self.section(entry)
         if not getattr(cls, "wraps", False):
             return cls(section)
-        return cls(section, self.build(self._inner_of(entry, section)))
+        inner = self._inner_of(entry, section)
+        return cls(section, inner.load()(self.section(inner, inner=True)))
 
 
 def parse_options(additional_config: Any) -> PluginOptions:

@@ -5,7 +5,7 @@ one to the other as a small file: written by the drafting rank at most once per 
 
 Why a file: a scrape never waits for the engine and the engine never for a scrape; every API process sees the same
 totals; one writer means nothing to add up. prometheus_client's own multi-process files are in use only with several API
-servers, and that is settled before the plugin is loaded; vLLM's statistics for its loggers
+servers, which is settled before the plugin is loaded; vLLM's statistics for its loggers
 (v1/metrics/stats.py:SpecDecodingStats) have no field for ours.
 
 The file's directory is made by the process that starts an engine, private to the user, and removed when that process
@@ -23,7 +23,6 @@ import operator
 import os
 import shutil
 import stat
-import sys
 import tempfile
 import time
 import weakref
@@ -183,63 +182,54 @@ def install() -> None:
     """To be called when the plugin is loaded. Makes the directory where waiting for :func:`install_front` is too
     late: vLLM starts its fork server, whose children inherit the environment it was started in, before it makes an
     engine's configuration (entrypoints/launchers/api_server/entry.py)."""
-    if os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == "forkserver" and multiprocessing.parent_process() is None:
-        _harmless(_make_directory)
+    if os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == "forkserver":
+        _harmless(_find_directory)
 
 
 def install_front(engine_args: Any) -> None:
-    """To be called with the ``EngineArgs`` of an engine that selects one of our proposers, before its configuration is
-    made: that is before any engine process starts and before ``/metrics`` is mounted. Idempotent; never raises."""
-    _harmless(lambda: _install_front(engine_args))
+    """To be called with the ``EngineArgs`` of an engine that selects one of our proposers, in every process that makes
+    its configuration, before it does: so before any engine process starts. Idempotent; never raises.
+
+    Does nothing where vLLM's own statistics are off (``disable_log_stats``, the default of ``vllm.LLM``)."""
+    _harmless(lambda: None if engine_args.disable_log_stats else _install_front())
 
 
 def uninstall() -> None:
     """Undo the patch of :func:`install_front`. Registries that have the collector keep it."""
-    for module in _registry_modules():
-        patching.unwrap(module, "get_prometheus_registry")
+    from prometheus_client import multiprocess
+
+    patching.unwrap(multiprocess.MultiProcessCollector, "collect")
 
 
-def _install_front(engine_args: Any) -> None:
-    # One of several API servers does not start the engine: the process that started both has made the directory.
-    is_api_child = (
-        getattr(engine_args, "_api_process_count", 1) > 1 and getattr(engine_args, "_api_process_rank", -1) >= 0
-    )
-    if not is_api_child:
-        _make_directory()
+def _install_front() -> None:
+    _find_directory()
+    # Where /metrics gets vLLM's metrics from: with one API server that is the default registry.
     import prometheus_client
-    import vllm.v1.metrics.prometheus  # noqa: F401 - to be found by _registry_modules
+    from prometheus_client import multiprocess
 
-    _attach(prometheus_client.REGISTRY)
-    for module in _registry_modules():
-        patching.wrap(module, "get_prometheus_registry", _get_prometheus_registry)
-
-
-def _registry_modules() -> list[Any]:
-    """Modules with the name ``get_prometheus_registry``: its own, and the one that mounts ``/metrics``, which may have
-    imported it before."""
-    names = ("vllm.v1.metrics.prometheus", "vllm.entrypoints.serve.instrumentator.metrics")
-    return [sys.modules[name] for name in names if hasattr(sys.modules.get(name), "get_prometheus_registry")]
+    if prometheus_client.REGISTRY not in _registries:
+        prometheus_client.REGISTRY.register(Collector())
+        _registries.add(prometheus_client.REGISTRY)
+    patching.wrap(multiprocess.MultiProcessCollector, "collect", _collect_all)
 
 
-def _get_prometheus_registry(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_prometheus_registry() -> Any:
-        """The registry ``/metrics`` is made of, with our collector in it: with several API servers it is made anew,
-        of files of theirs only."""
-        registry = original()
-        _harmless(lambda: _attach(registry))
-        return registry
+def _collect_all(original: Callable[..., Any]) -> Callable[..., Any]:
+    def collect(self: Any) -> Any:
+        """Our metrics after those in prometheus_client's files. With several API servers these files are all there is:
+        vLLM's route makes a registry of them for each scrape (prometheus_fastapi_instrumentator's ``expose``), so that
+        no registry can be found to add to."""
+        return [*original(self), *Collector().collect()]
 
-    return get_prometheus_registry
-
-
-def _attach(registry: Any) -> None:
-    if registry not in _registries:
-        registry.register(Collector())
-        _registries.add(registry)
+    return collect
 
 
-def _make_directory() -> None:
+def _find_directory() -> None:
+    """Have a directory in the environment: an API server's process uses that of the process that started it and the
+    engine, any other process makes one."""
     global _made
+    inherited = os.environ.get(ENVIRONMENT)
+    if multiprocessing.parent_process() is not None and inherited is not None and _is_private(inherited):
+        return
     if _made is None or _made[1] != os.getpid() or not _is_private(_made[0]):
         base = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK | os.X_OK) else None
         _made = tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX, dir=base), os.getpid()
