@@ -109,7 +109,7 @@ class HostProposer:
     def _make_keeper(self, vllm_config: Any, general: registry.GeneralOptions) -> state_file.StateKeeper | None:
         if general.state_file is None:
             return None
-        path = state_file.path_for(general.state_file, int(vllm_config.parallel_config.data_parallel_rank))
+        path = state_file.path_for(general.state_file, _data_parallel_index(vllm_config))
         proposer = self.lifecycle.proposer
         identity = state_file.identity_of(vllm_config, proposer.name)
         return state_file.StateKeeper(path, identity, proposer.state, general.save_every_s)
@@ -117,7 +117,7 @@ class HostProposer:
     def _make_publisher(self, vllm_config: Any) -> metrics.Publisher:
         labels = {
             "proposer": self.lifecycle.proposer.name,
-            "engine": str(vllm_config.parallel_config.data_parallel_rank),
+            "engine": str(_data_parallel_index(vllm_config)),
         }
         return metrics.Publisher(labels, lambda: self.lifecycle.snapshot(self._own_stats()))
 
@@ -228,6 +228,7 @@ class HostProposer:
         if not self._drafts:
             return drafts
         start, seconds = self._clock.read(), self._clock.lap()
+        paths, self._paths = self._paths, None
         if self._keeper is not None:
             self._keeper.tick(start * 1e-9)
         if self._publisher is not None:
@@ -250,7 +251,6 @@ class HostProposer:
         asked = getattr(scheduler_output, "num_spec_tokens_to_schedule", self.max_draft_tokens)
         limit = self.max_draft_tokens if asked is None else min(self.max_draft_tokens, int(asked))
         overhead = self._clock.overhead()
-        paths, self._paths = self._paths, None
         step = Rows(
             rows=index,
             ids=ids,
@@ -334,6 +334,13 @@ class HostProposer:
             branching=shape == "tree",
             extra_args=extra,
         )
+
+
+def _data_parallel_index(vllm_config: Any) -> int:
+    """Which of a server's data-parallel engines this is; for dense models vLLM sets the rank to 0 in all of them
+    (v1/engine/core.py)."""
+    parallel = vllm_config.parallel_config
+    return int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
 
 
 def _sample_group(request_id: str) -> str | None:
