@@ -248,7 +248,7 @@ class AdaptiveLength(Proposer):
         size = len(forest.tokens)
         if curve is None or not size:
             return keep
-        if self._is_contrast():
+        if self.options.policy == "marginal" and self._is_contrast():
             return np.zeros(size, np.bool_)
         matched = forest.matched if forest.matched is not None else np.zeros(len(slots), np.int32)
         chosen = self.policy.choose(Drafted(forest.probs, forest.parents, forest.offsets, slots, matched), curve)

@@ -18,7 +18,8 @@ def test_matches_torch(dtype: torch.dtype, size: int) -> None:
     assert torch.equal(logits, before)
     exact = logits.double().log_softmax(dim=-1)
     values, _ = exact.topk(8)
-    np.testing.assert_allclose(logprobs, values.numpy(), atol=1e-5)
+    # Sums of 50,000 terms in float32, in as few lanes as the processor has.
+    np.testing.assert_allclose(logprobs, values.numpy(), atol=4e-5)
     # Of equal logits any order would do for torch; here the smallest id comes first.
     order = np.lexsort((np.arange(size)[None].repeat(5, 0), -logits.double().numpy()))[:, :8]
     np.testing.assert_array_equal(ids, order)

@@ -155,9 +155,8 @@ class Lifecycle:
         slots, tokens = self._slots, dict[int, list[int]]()
         for request_ids, emitted in held:
             for request_id, new in zip(request_ids, emitted, strict=True):
-                slot = slots.of.get(request_id)
-                if slot is not None:
-                    tokens.setdefault(slot, []).extend(new)
+                if request_id in slots.of:
+                    tokens.setdefault(slots.of[request_id], []).extend(new)
         slot = np.fromiter(tokens, np.int32, len(tokens))
         lengths = np.fromiter(map(len, tokens.values()), np.int32, len(tokens))
         slots.known[slot] += lengths
@@ -242,7 +241,7 @@ class Lifecycle:
 
     def snapshot(self, more: Mapping[str, float]) -> Snapshot:
         """Everything, ``more`` included, for metrics."""
-        return self.counts.snapshot(self.stats() | more, self._slots.of)
+        return self.counts.snapshot({**self.stats(), **more}, self._slots.of)
 
     def _own_stats(self) -> dict[str, float]:
         try:

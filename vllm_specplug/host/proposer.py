@@ -143,8 +143,10 @@ class HostProposer:
     def _probe(self, runner: Any) -> None:
         """Time steps of a few sizes, where the proposer has use for it. On CPUs, where the model has been compiled and
         warmed up by now; elsewhere its graphs are captured later, and times are learned from requests alone."""
-        options = self.lifecycle.proposer.options if isinstance(self.lifecycle.proposer, AdaptiveLength) else None
-        if self._probed or not self._wanted or options is None or not options.start_probe:
+        proposer = self.lifecycle.proposer
+        if self._probed or not self._wanted or not isinstance(proposer, AdaptiveLength):
+            return
+        if not proposer.options.start_probe:
             return
         from vllm.platforms import current_platform
 
@@ -157,7 +159,7 @@ class HostProposer:
         except Exception:
             logger.warning("vllm-specplug: timing steps at start failed; their times are learned later.", exc_info=True)
             return
-        self.lifecycle.proposer.times.prime(loads, seconds)
+        proposer.times.prime(loads, seconds)
         logger.info("vllm-specplug: timed steps of %d sizes in %.1f s.", len(loads), time.perf_counter() - start)
 
     def on_inputs(
