@@ -54,11 +54,16 @@ class Item:
 
 
 def sweep(rows: Sequence[str], tokens: int, blocks: dict[int, int]) -> list[Item]:
-    """The same prompts at every concurrency, as far as they go."""
-    items = []
+    """Other prompts for every block: who remembers outputs must not profit from blocks before."""
+    needed = sum(concurrency * count for concurrency, count in blocks.items())
+    if needed > len(rows):
+        raise SystemExit(
+            f"the sweep takes {needed} prompts and there are {len(rows)}: raise --per-task or lower --scale"
+        )
+    items, queue = [], list(rows)
     for concurrency, count in blocks.items():
-        for block in range(count):
-            prompts = [rows[(block * concurrency + i) % len(rows)] for i in range(concurrency)]
+        for _ in range(count):
+            prompts, queue = queue[:concurrency], queue[concurrency:]
             items.append(Item("sweep", concurrency, Work(prompts, [tokens] * concurrency)))
     return items
 
@@ -95,7 +100,7 @@ def long_prompts(rows: Sequence[str], tokens: int, encode: Callable[[str], list[
 
 
 def swing(rows: Sequence[str], tokens: int) -> list[Item]:
-    prompts = [rows[i % len(rows)] for i in range(MANY)]
+    prompts = [rows[-1 - i % len(rows)] for i in range(MANY)]  # not those of the sweep, where there are enough
     lengths = [6 * tokens, *[tokens] * (MANY - 1)]
     return [Item("swing", MANY, Work(prompts, lengths, [0, *[2 * tokens] * (MANY - 1)], ignore_eos=True))]
 
@@ -234,7 +239,7 @@ def main() -> int:
     """Run the benchmark; 0 if every arm ran."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, help="JSON lines; default: the demo's prompts")
-    parser.add_argument("--per-task", type=int, default=8, metavar="N", help="prompts of each task")
+    parser.add_argument("--per-task", type=int, default=40, metavar="N", help="prompts of each task")
     parser.add_argument("--scenarios", type=lambda t: t.split(","), default=["sweep", "random", "repetitive", "swing"])
     parser.add_argument("--concurrency", type=lambda t: [int(n) for n in t.split(",")], default=list(SWEEP))
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of blocks of the sweep")

@@ -216,19 +216,21 @@ class AdaptiveLength(Proposer):
         forest = self.inner.propose(slots, limits)
         if self._acceptance is not None:
             forest = dataclasses.replace(forest, probs=self._acceptance.assign(forest, slots))
-        keep = self._choose(forest, slots, curve)
-        trial = False
-        if self._trial_due() and len(keep) and not keep.any():
-            trial = self._tried = True
+        contrast = curve is not None and self.options.policy == "marginal" and self._is_contrast()
+        keep = np.zeros(len(forest.tokens), np.bool_) if contrast else self._choose(forest, slots, curve)
+        trial = not contrast and len(keep) > 0 and self._trial_due() and not keep.any()
+        if trial:
+            self._tried = True
             keep[np.argsort(-forest.probs, kind="stable")[:TRIAL_NODES]] = True
         totals = self._totals
         totals["steps"] += 1
         totals["trials"] += trial
+        totals["contrasts"] += contrast
         totals["offered_nodes"] += len(forest.tokens)
         if not keep.all():
             forest = select(forest, keep)
         self._requests = len(slots)
-        if curve is not None and not trial and self._pauses_after(forest, curve):
+        if curve is not None and not (trial or contrast) and self._pauses_after(forest, curve):
             # Who sleeps would not see what became of it.
             forest = select(forest, np.zeros(len(forest.tokens), np.bool_))
         self._budget = len(forest.tokens)
@@ -248,8 +250,6 @@ class AdaptiveLength(Proposer):
         size = len(forest.tokens)
         if curve is None or not size:
             return keep
-        if self.options.policy == "marginal" and self._is_contrast():
-            return np.zeros(size, np.bool_)
         matched = forest.matched if forest.matched is not None else np.zeros(len(slots), np.int32)
         chosen = self.policy.choose(Drafted(forest.probs, forest.parents, forest.offsets, slots, matched), curve)
         return np.logical_and(keep, chosen)
@@ -259,7 +259,6 @@ class AdaptiveLength(Proposer):
         if self._since_contrast < max(CONTRAST_EVERY, (self._economy.gain - 1.0) / CONTRAST_COST):
             return False
         self._since_contrast = 0
-        self._totals["contrasts"] += 1
         return True
 
     def _trial_due(self) -> bool:
