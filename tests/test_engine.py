@@ -184,6 +184,36 @@ def test_template_of_token_recycling(prompts, baseline):
         assert counters.verified > 20 * (counters.emitted - counters.accepted)  # wide trees, not chains
 
 
+def test_budget_by_the_clock(prompts, baseline):
+    """As users run it: what is drafted depends on how long steps take, what is emitted does not."""
+    with engine(MODEL, AUTO) as llm:
+        times = lifecycle_of(llm).proposer.times
+        assert times.ready  # from the steps timed at the start
+        curve = times.curve(2, 200, 16)
+        assert (curve[1:] >= curve[:-1]).all() and curve[16] > curve[0] > 0
+        assert greedy(llm, prompts[:COUNT], LENGTH, 8) == baseline["outputs"]
+        stats = runner_of(llm).drafter.stats()
+        assert stats["errors"] == stats["resynchronised"] == 0
+        # All steps awake that decode, but for the first after the engine was idle.
+        assert 0.5 < stats["auto.step_time_steps"] / stats["steps"] <= 1
+        assert 0 < stats["auto.step_time_predicted_seconds"] < 60 and stats["auto.overhead_ratio"] > 0
+        assert stats["verified"] <= stats["drafted"] == stats["auto.kept_nodes"] <= stats["auto.offered_nodes"]
+        assert lifecycle_of(llm).counts.total[1].sum() == stats["verified"]
+
+
+def test_vllms_own_proposer_inside(prompts, baseline):
+    adaptive = {"method": "custom_class", "model": "vllm_specplug.AdaptiveLength", "num_speculative_tokens": 8}
+    options = {
+        "adaptive_length": {"inner": "vllm:ngram", "policy": "fixed", "length": 4},
+        "vllm_ngram": {"prompt_lookup_min": 2, "prompt_lookup_max": 4},
+    }
+    with engine(MODEL, adaptive, additional_config={"specplug": options}) as llm:
+        assert greedy(llm, [long_prompt(prompts), *prompts[:8]], LENGTH, 8)[1:] == baseline["outputs"][:8]
+        stats = runner_of(llm).drafter.stats()
+        assert stats["errors"] == 0 and stats["accepted"] > 10
+        assert stats["verified"] <= 4 * stats["steps"] * 8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [RETRIEVAL, AUTO], ids=["Retrieval", "Auto"])
 @pytest.mark.parametrize("concurrency", [8, 1])

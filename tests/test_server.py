@@ -271,7 +271,8 @@ def test_own_metrics_beside_the_servers(client, server, capsys):
     assert engine["labels"]["proposer"] == "retrieval"
     depths = [counts for source in engine["sources"].values() for counts in source.values()]
     counted = {name: sum(counts[name] for counts in depths) for name in ("verified", "accepted")}
-    assert counted["verified"] == server.drafted()
+    # vLLM does not count the step in which a request was aborted.
+    assert 0 <= counted["verified"] - server.drafted() <= 4 * SPEC_TOKENS
     # vLLM cuts the tokens of a step that ends a request before it counts.
     assert 0 <= counted["accepted"] - server.accepted() < counted["accepted"] / 2
     assert any(request["accepted"] > 5 for request in document["requests"])
