@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_end_to_end import ROOT, append, read_prompts, sample
+from bench_end_to_end import ROOT, append, read_prompts, run_facts, sample
 
 from vllm_specplug.ab import arms, environment, report
 from vllm_specplug.ab.arms import Block, Work
@@ -279,16 +278,7 @@ def main() -> int:
         elif result.blocks[-1].stats:
             print(result.arm.name, {k: round(v, 4) for k, v in result.blocks[-1].stats.items() if v})
     common = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "git_sha": environment.git_sha(ROOT),
-        **{k: v for k, v in environment.versions().items() if k in ("vllm", "torch", "arctic-inference")},
-        "cpu": environment.cpu_model(),
-        "cpus": environment.cpu_count(),
-        "threads": results[0].facts.get("threads"),
-        "seed": args.seed,
-        "prompt_file": args.prompts.name if args.prompts else "demo",
-        "mode": args.mode,
-        "dtype": args.dtype,
+        **run_facts(results, args),
         "max_tokens": args.max_tokens,
         "spec_tokens": args.spec_tokens,
     }

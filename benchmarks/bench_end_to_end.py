@@ -148,6 +148,22 @@ def rows_of(
     return rows
 
 
+def run_facts(results: Sequence[arms.ArmResult], args: argparse.Namespace) -> dict[str, Any]:
+    """What every row of a run says of it."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "git_sha": environment.git_sha(ROOT),
+        **{k: v for k, v in environment.versions().items() if k in ("vllm", "torch", "arctic-inference")},
+        "cpu": environment.cpu_model(),
+        "cpus": environment.cpu_count(),
+        "threads": results[0].facts.get("threads"),
+        "seed": args.seed,
+        "prompt_file": args.prompts.name if args.prompts else "demo",
+        "mode": args.mode,
+        "dtype": args.dtype,
+    }
+
+
 def append(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Add ``rows`` to the CSV file ``path``, with a header if it is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,16 +251,7 @@ def main() -> int:
         if result.failure:
             print(f"{result.arm.title} failed: {result.failure} (what it printed: {logs})")
     common = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "git_sha": environment.git_sha(ROOT),
-        **{k: v for k, v in environment.versions().items() if k in ("vllm", "torch", "arctic-inference")},
-        "cpu": environment.cpu_model(),
-        "cpus": environment.cpu_count(),
-        "threads": results[0].facts.get("threads"),
-        "seed": args.seed,
-        "prompt_file": args.prompts.name if args.prompts else "demo",
-        "mode": args.mode,
-        "dtype": args.dtype,
+        **run_facts(results, args),
         "concurrency": args.concurrency,
         "max_tokens": args.max_tokens,
         "options": json.dumps(args.options),

@@ -156,7 +156,7 @@ class AdaptiveLength(Proposer):
 
     @property
     def wants_topk(self) -> bool:  # type: ignore[override]
-        """Whether the inner proposer learns from the target's top-k, and is not at rest."""
+        """Whether the inner proposer learns from the target's top-k."""
         return self.inner.wants_topk
 
     def asleep(self, requests: int, new: int) -> bool:

@@ -232,7 +232,7 @@ class HostProposer:
         start, seconds = self._clock.read(), self._clock.lap()
         paths, self._paths = self._paths, None
         if self._keeper is not None:
-            self._keeper.tick(start * 1e-9)
+            self._keeper.tick(time.monotonic())
         if self._publisher is not None:
             self._publisher.tick(start)
         batch = runner.input_batch
