@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,11 +30,13 @@ from .step_time import StepTimeModel
 BoolArray = npt.NDArray[np.bool_]
 Float64Array = npt.NDArray[np.float64]
 
-# Steps that drafting is given to prove itself before it pauses, the first pause and the longest. A step awake that
-# gains nothing costs a few percent of a step: one in 32 is a tenth of a percent.
+# Steps that drafting is given to prove itself before it pauses, the first pause and the longest.
 PATIENCE = 8
 FIRST_PAUSE = 4
 LONGEST_PAUSE = 32
+# A step awake between two pauses may cost this share of the speed; where it costs little, pauses are shorter, since a
+# text that becomes predictable meanwhile costs much more.
+PROBE_COST = 0.003
 # Every so many pauses in a row the best nodes are verified whatever the model says: it may have been wrong.
 TRIAL_EVERY = 4
 TRIAL_NODES = 2
@@ -45,6 +48,11 @@ CONTRAST_EVERY = 8
 OTHER_LOAD = 1.5
 # Until step times are known.
 START_PROB = 0.07
+# A call of the inner proposer costs about as much as so many nodes beside those it drafts; a first guess of what each
+# takes; and calls remembered.
+CALL_NODES = 16
+NODE_SECONDS = 1e-5
+COST_CALLS = 64
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,27 @@ class _Economy:
         self._awake = 0
 
 
+class _DraftingCost:
+    """What one more drafted node costs before it is verified."""
+
+    def __init__(self) -> None:
+        self._nodes = float(CALL_NODES)  # decayed sums
+        self._time = self._nodes * NODE_SECONDS
+
+    @property
+    def seconds(self) -> float:
+        """Per node."""
+        return self._time / self._nodes
+
+    def add(self, nodes: int, seconds: float) -> None:
+        """Count a call that drafted ``nodes``. A slow one counts as much as four like those before: others may have
+        kept the processor."""
+        size = nodes + CALL_NODES
+        seconds = min(seconds, 4 * size * self.seconds)
+        self._nodes += size - self._nodes / COST_CALLS
+        self._time += seconds - self._time / COST_CALLS
+
+
 class AdaptiveLength(Proposer):
     """Drafts of an inner proposer, cut to what pays.
 
@@ -142,6 +171,7 @@ class AdaptiveLength(Proposer):
         self.policy = options.make_policy()
         self._acceptance = None if inner.calibrated else Acceptance()
         self._economy = _Economy()
+        self._cost = _DraftingCost()
         self._sizes = np.zeros(64, np.int64)  # tokens each request holds, by slot
         self._timed = False  # the host says how long steps take
         self._overhead = math.nan
@@ -212,8 +242,10 @@ class AdaptiveLength(Proposer):
         curve = None
         if self.times.ready:
             curve = self.times.curve(len(slots), int(self._sizes[slots].sum()), int(np.sum(limits)))
-        self.inner.floor = self._floor(curve is not None)
+        self.inner.floor = self._floor(len(slots), curve)
+        start = time.perf_counter()
         forest = self.inner.propose(slots, limits)
+        self._cost.add(len(forest.tokens), time.perf_counter() - start)
         if self._acceptance is not None:
             forest = dataclasses.replace(forest, probs=self._acceptance.assign(forest, slots))
         contrast = curve is not None and self.options.policy == "marginal" and self._is_contrast()
@@ -237,12 +269,15 @@ class AdaptiveLength(Proposer):
         totals["kept_nodes"] += self._budget
         return forest
 
-    def _floor(self, known: bool) -> float:
+    def _floor(self, requests: int, curve: Float64Array | None) -> float:
         """Least probability worth drafting."""
         least = max(self.options.min_prob, self.floor)
-        if known:
-            return least if self._trial_due() else max(least, self.policy.floor())
-        return max(least, START_PROB) if self._timed else least
+        if curve is None:
+            return max(least, START_PROB) if self._timed else least
+        if self._trial_due():
+            return least
+        rate = requests / curve[0] * max(self._economy.gain, 1.0)
+        return max(least, self.policy.floor(), rate * self._cost.seconds)
 
     def _choose(self, forest: DraftForest, slots: Int32Array, curve: Float64Array | None) -> BoolArray:
         """``bool[N]``: the nodes to verify."""
@@ -280,7 +315,8 @@ class AdaptiveLength(Proposer):
             return False
         self._failed_probes += 1
         self._tried = False
-        self._pause = min(max(2 * self._pause, FIRST_PAUSE), LONGEST_PAUSE)
+        longest = min(max(math.ceil(economy.overhead / PROBE_COST), FIRST_PAUSE), LONGEST_PAUSE)
+        self._pause = min(max(2 * self._pause, FIRST_PAUSE), longest)
         self._asleep = self._pause
         economy.forget()
         return True
@@ -318,6 +354,7 @@ class AdaptiveLength(Proposer):
             "budget_nodes": float(self._budget),
             "expected_gain": self._economy.gain,
             "overhead_ratio": self._economy.overhead,
+            "node_seconds": self._cost.seconds,
             "paused": float(self._asleep > 0),
             "pause_steps": float(self._pause),
         }

@@ -13,12 +13,12 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 from vllm_specplug.kernels.memory import kernel
 
 from vllm_specplug.options import nearest
 
-from .base import Float32Array, Int32Array
+from .base import Int32Array
+from .drafted_nodes import by_prob, most_probable, node_depths, path_probs, requests_of, take_most, up_to_depth
 from .length_policy_state import (
     Beliefs,
     BoolArray,
@@ -37,97 +37,6 @@ SETTLED = 8
 FLOOR_MARGIN = 0.7
 # SVIP: tokens that share what probability the drafted one leaves.
 OTHERS = 4
-
-
-@kernel
-def _fall(probs: Float32Array, parents: Int32Array, offsets: Int32Array, out: Float64Array) -> int:
-    """Returns -1, or ``2 * request + fault``: 0 where its offsets do not rise, 1 where a parent is out of place."""
-    for i in range(len(offsets) - 1):
-        start, end = offsets[i], offsets[i + 1]
-        if start < 0 or end < start or end > len(probs):
-            return 2 * i
-        for j in range(start, end):
-            if parents[j] < -1 or parents[j] >= j - start:
-                return 2 * i + 1
-            bound = 1.0 if parents[j] < 0 else out[start + parents[j]]
-            prob = np.float64(probs[j])
-            out[j] = min(prob, bound) if prob > 0.0 else 0.0  # a NaN is not
-    return -1
-
-
-def path_probs(drafted: Drafted) -> Float64Array:
-    """``float64[N]`` path probabilities, made to lie in [0, 1] and never to rise along a path.
-
-    Every rule starts with it: sorted by falling value (ties as drafted), parents come before children.
-
-    Raises:
-        ValueError: naming the request whose offsets or parents are impossible.
-    """
-    size, n = len(drafted.probs), len(drafted.slots)
-    if (
-        len(drafted.parents) != size
-        or len(drafted.offsets) != n + 1
-        or drafted.offsets[0]
-        or drafted.offsets[n] != size
-    ):
-        raise ValueError(
-            f"{size} probs, {len(drafted.parents)} parents, offsets {drafted.offsets!r} are no forest of {n} requests"
-        )
-    out = np.empty(size)
-    fault = int(_fall(drafted.probs, drafted.parents, drafted.offsets, out))
-    if fault >= 0:
-        what = "a parent does not come before its child" if fault % 2 else f"offsets {drafted.offsets!r} must rise"
-        raise ValueError(f"request {fault // 2} of {n}: {what}")
-    return out
-
-
-def _by_prob(probs: Float64Array) -> Int64Array:
-    return np.argsort(-probs, kind="stable")
-
-
-def _requests(drafted: Drafted) -> Int64Array:
-    """``int64[N]`` index of each node's request."""
-    return np.repeat(np.arange(len(drafted.slots)), np.diff(drafted.offsets))
-
-
-@kernel
-def _take(order: Int64Array, request: Int64Array, left: Int64Array, keep: BoolArray) -> None:
-    for j in order:
-        if left[request[j]] > 0:
-            left[request[j]] -= 1
-            keep[j] = True
-
-
-def most_probable(drafted: Drafted, counts: npt.ArrayLike) -> BoolArray:
-    """``bool[N]``: the ``counts`` (a number, or ``[n]``) most probable nodes of each request."""
-    left = np.empty(len(drafted.slots), np.int64)
-    left[:] = counts
-    keep = np.zeros(len(drafted.probs), np.bool_)
-    _take(_by_prob(path_probs(drafted)), _requests(drafted), left, keep)
-    return keep
-
-
-@kernel
-def _measure(parents: Int32Array, offsets: Int32Array, depths: Int64Array, deepest: Int64Array) -> None:
-    for i in range(len(offsets) - 1):
-        deepest[i] = 0
-        for j in range(offsets[i], offsets[i + 1]):
-            depths[j] = 1 if parents[j] < 0 else depths[offsets[i] + parents[j]] + 1
-            deepest[i] = max(deepest[i], depths[j])
-
-
-def node_depths(drafted: Drafted) -> tuple[Int64Array, Int64Array]:
-    """``int64[N]`` depth of each node, 1 for children of the last token, and ``int64[n]`` of each request's deepest."""
-    path_probs(drafted)  # compiled code does not check parents
-    depths, deepest = np.empty(len(drafted.probs), np.int64), np.empty(len(drafted.slots), np.int64)
-    _measure(drafted.parents, drafted.offsets, depths, deepest)
-    return depths, deepest
-
-
-def up_to_depth(drafted: Drafted, most: npt.NDArray[np.integer]) -> BoolArray:
-    """``bool[N]``: the nodes of each request no deeper than its ``most`` (``[n]``)."""
-    keep: BoolArray = node_depths(drafted)[0] <= most[_requests(drafted)]
-    return keep
 
 
 def _check_curve(seconds: Float64Array, size: int) -> None:
@@ -161,11 +70,14 @@ def most_worth(expected: Float64Array, seconds: Float64Array, rate: float) -> in
 
 
 def least_useful(seconds: Float64Array, kept: int, rate: float) -> float:
-    """Probability that a node must exceed to be worth verifying beside ``kept`` others; NaN if the curve ends at 0.
+    """Probability that a node must exceed to be worth verifying when about ``kept`` others are; NaN if the curve ends
+    at 0.
 
-    The lesser of what the last one kept had to exceed and of what any number more would have to, on average.
+    The least of what any node had to exceed in the upper half of those kept, for the next step may keep fewer, and of
+    what any number more would have to, on average.
     """
-    before = seconds[kept] - seconds[kept - 1] if kept else math.inf
+    half = kept // 2
+    before = np.diff(seconds[half : kept + 1]).min() if kept else math.inf
     more = seconds[kept + 1 :]
     after = ((more - seconds[kept]) / np.arange(1, len(more) + 1)).min() if len(more) else math.inf
     slope = min(before, after)
@@ -180,7 +92,7 @@ def marginal(drafted: Drafted, seconds: Float64Array, rate: float) -> BoolArray:
     """
     probs = path_probs(drafted)
     _check_curve(seconds, len(probs))
-    order = _by_prob(probs)
+    order = by_prob(probs)
     count = most_worth(expected_tokens(probs, order, len(drafted.slots)), seconds, rate)
     keep = np.zeros(len(probs), np.bool_)
     keep[order[:count]] = True
@@ -205,7 +117,7 @@ def svip(drafted: Drafted, threshold: float) -> BoolArray:
     below that it is taken to be that of an even share. So in a tree, an unlikely sibling counts as an uncertain draft.
     """
     probs = path_probs(drafted)
-    starts = drafted.offsets[_requests(drafted)]
+    starts = drafted.offsets[requests_of(drafted)]
     above = np.where(drafted.parents < 0, 1.0, probs[starts + drafted.parents])
     q = np.clip(np.divide(probs, above, out=np.zeros(len(probs)), where=above > 0), 1 / (OTHERS + 1), 1.0)
     rest = np.maximum(1.0 - q, np.finfo(np.float64).tiny)
@@ -281,7 +193,7 @@ def opt_tree(drafted: Drafted, nodes: int, threshold: float) -> BoolArray:
     With 0 nothing stops, for no deeper level can add what that one does not.
     """
     probs = path_probs(drafted)
-    order, request = _by_prob(probs), _requests(drafted)
+    order, request = by_prob(probs), requests_of(drafted)
     depths, deepest = node_depths(drafted)
     shape = (len(deepest), int(deepest.max(initial=0)) + 1)
     counts, masses = np.zeros(shape, np.int64), np.zeros(shape)
@@ -289,7 +201,7 @@ def opt_tree(drafted: Drafted, nodes: int, threshold: float) -> BoolArray:
     stops = np.diff(masses, axis=1, append=masses[:, -1:]) <= threshold  # the last level always does
     allowed = depths <= np.argmax(stops, axis=1)[request] + 1
     keep = np.zeros(len(probs), np.bool_)
-    _take(order[allowed[order]], request, np.full(len(deepest), nodes), keep)
+    take_most(order[allowed[order]], request, np.full(len(deepest), nodes), keep)
     return keep
 
 
@@ -335,7 +247,7 @@ class Marginal(Policy):
         keep = np.zeros(len(probs), np.bool_)
         if len(drafted.slots) == 0:
             return keep
-        order = _by_prob(probs)
+        order = by_prob(probs)
         expected = expected_tokens(probs, order, len(drafted.slots))
         rate = self._rate(expected, seconds)
         count = most_worth(expected, seconds, rate)

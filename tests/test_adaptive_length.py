@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm_specplug.proposers import adaptive_length
 from vllm_specplug.proposers.adaptive_length import (
+    CALL_NODES,
     FIRST_PAUSE,
     LONGEST_PAUSE,
     PATIENCE,
+    PROBE_COST,
     START_PROB,
     TRIAL_EVERY,
     TRIAL_NODES,
@@ -165,12 +168,13 @@ def test_is_as_fast_as_the_best_fixed_length(requests, per_row):
 
 
 @pytest.mark.parametrize("requests", [1, 32])
-def test_nothing_predictable_costs_nothing(requests):
-    server = Server(budget(Stub((0.02, 0.001))), requests, 0.004)
+@pytest.mark.parametrize("overhead", [0.0005, 0.002])
+def test_nothing_predictable_costs_nothing(requests, overhead):
+    server = Server(budget(Stub((0.02, 0.001))), requests, 0.004, overhead=overhead)
     server.run(100)
-    awake = server.awake
+    awake, seconds = server.awake, server.seconds
     rate = server.run(660)
-    assert server.awake - awake <= 660 / LONGEST_PAUSE * 1.5
+    assert (server.awake - awake) * overhead <= 1.5 * PROBE_COST * (server.seconds - seconds)
     assert rate >= 0.98 * fixed_rate(0, requests, 0.004, ())
 
 
@@ -199,7 +203,7 @@ def test_recovers_when_load_falls_and_when_text_becomes_predictable():
 
 def test_trials_verify_the_best_nodes_when_nothing_pays_for_long():
     proposer = budget(Stub((0.3, 0.2, 0.1)))
-    server = Server(proposer, 4, 0.05, base=0.001)
+    server = Server(proposer, 4, 0.05, base=0.001, overhead=0.03)
     server.run(PATIENCE + 8 * (LONGEST_PAUSE + 1))
     trials = proposer.stats()["trials"]
     assert 1 <= trials <= 8 / TRIAL_EVERY + 1
@@ -208,7 +212,7 @@ def test_trials_verify_the_best_nodes_when_nothing_pays_for_long():
 
 def test_pauses_grow_to_the_longest_and_end_early_for_another_batch():
     proposer = budget(Stub(()))
-    server = Server(proposer, 4, 0.01)
+    server = Server(proposer, 4, 0.01, overhead=0.01)
     pauses = []
     for _ in range(200):
         server.step()
@@ -220,6 +224,16 @@ def test_pauses_grow_to_the_longest_and_end_early_for_another_batch():
     assert proposer.asleep(4, 0)
     assert not proposer.asleep(4, 2)  # half of the batch is new
     assert not proposer.asleep(4, 0)  # awake until it pauses again
+
+
+def test_pauses_are_short_where_being_awake_costs_little():
+    proposer = budget(Stub(()))
+    server = Server(proposer, 4, 0.01, overhead=0.001)  # 1/60 of a step: 5 to 6 times PROBE_COST
+    longest = 0
+    for _ in range(200):
+        server.step()
+        longest = max(longest, proposer.stats()["pause_steps"])
+    assert FIRST_PAUSE < longest <= 6
 
 
 def test_may_be_told_not_to_pause():
@@ -250,6 +264,34 @@ def test_floor_follows_what_pays():
     server = Server(budget(inner), 8, 0.0002)
     server.run(100)
     assert 0 <= inner.floors[-1] < dear < 1
+
+
+def test_floor_rises_where_drafting_itself_is_slow(monkeypatch):
+    """What a node costs to draft counts too, but one slow call does not."""
+    now = [0.0]
+    monkeypatch.setattr(adaptive_length.time, "perf_counter", lambda: now[0])
+
+    class Slow(Stub):
+        each = 1e-6
+
+        def propose(self, slots, limits):
+            forest = super().propose(slots, limits)
+            now[0] += self.each * (CALL_NODES + len(forest.tokens))
+            return forest
+
+    inner = Slow((0.9, 0.5, 0.05))
+    proposer = budget(inner)
+    server = Server(proposer, 8, 0.0)
+    server.run(300)
+    cheap = inner.floors[-1]
+    assert proposer.stats()["node_seconds"] == pytest.approx(1e-6, rel=0.3) and cheap < 0.01
+    inner.each = 1.0
+    server.run(1)
+    assert proposer.stats()["node_seconds"] < 3e-6
+    inner.each = 0.2e-3
+    server.run(300)
+    # A node's time is worth 8 requests * gain / 20 ms * 0.2 ms.
+    assert inner.floors[-1] == pytest.approx(0.08 * proposer.stats()["expected_gain"], rel=0.2)
 
 
 def test_drafts_without_probabilities_get_them_learned():
