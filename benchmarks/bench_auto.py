@@ -19,8 +19,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from replay import Recorded, accepted_path, build, parse_settings, read_trace, replay_request, write_rows
+from replay import read_trace, write_rows
 from vllm_specplug.proposers.base import DraftForest, Proposer, Request, StepResult
+
+from vllm_specplug.trace.files import Recorded
+from vllm_specplug.trace.replay import Replay, accepted_path, build, parse_settings
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -138,8 +141,7 @@ def main() -> int:
         settings = parse_settings([f"{section}.min_prob=0.0", *(o for o in args.option if o.startswith(section))])
         proposer, _ = build(name, settings)
         reserve = [r for r in others if len(r.output) > 64][: 2 * len(requests)]
-        for i, other in enumerate(r for r in others if not any(r is s for s in reserve)):
-            replay_request(proposer, other, f"before {i}", args.nodes)
+        Replay(proposer, args.nodes).run(r for r in others if not any(r is s for s in reserve))
         seconds, emitted, drafted = run(proposer, requests, reserve, args.steps, args.nodes)
         # The first steps page memory in.
         p20, mid, p80 = np.percentile(np.array(seconds[3:]) * 1e6, (20, 50, 80))

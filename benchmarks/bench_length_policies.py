@@ -32,10 +32,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from replay import Recorded, _step, accepted_path, build, parse_settings, read_trace, write_rows
+from replay import read_trace, write_rows
 from vllm_specplug.proposers.adaptive_length import AdaptiveLength
 from vllm_specplug.proposers.base import DraftForest, Proposer, Request
 from vllm_specplug.proposers.length_policies import POLICIES, Drafted, Outcome, Policy, make_policy
+
+from vllm_specplug.trace.files import Recorded
+from vllm_specplug.trace.replay import accepted_path, build, parse_settings, step_of
 
 CURVES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "cpu": lambda rows: 16.5e-3 + 0.65e-3 * (rows - 1),
@@ -86,12 +89,12 @@ def draft_everywhere(proposer: Proposer, recorded: Recorded, limit: int) -> list
     proposer.add_request(Request(0, "0", recorded.prompt, max_tokens=len(recorded.prompt) + size))
     places = []
     for at in range(1, size):
-        proposer.observe(_step(recorded, at - 1, 0, 0, proposer.wants_topk))
+        proposer.observe(step_of(recorded, at - 1, 0, 0, proposer.wants_topk))
         limits = np.array([limit if at < size - 1 else 0], np.int32)
         forest = proposer.propose(np.zeros(1, np.int32), limits)
         path = np.array(accepted_path(forest, recorded.output[at : size - 1]), np.int64)
         places.append(Place(forest, path))
-    proposer.observe(_step(recorded, size - 1, 0, 0, proposer.wants_topk))
+    proposer.observe(step_of(recorded, size - 1, 0, 0, proposer.wants_topk))
     proposer.remove_request(0)
     return places
 

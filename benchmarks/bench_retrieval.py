@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from replay import build, parse_settings, read_trace, write_rows
+from replay import read_trace, write_rows
 from vllm_specplug.proposers.base import Proposer, Request, StepResult
+
+from vllm_specplug.trace.replay import build, parse_settings
 
 DRAFT_LIMIT = 16
 

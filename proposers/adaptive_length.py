@@ -25,7 +25,7 @@ from .acceptance import Acceptance
 from .base import DraftForest, Float32Array, Int8Array, Int32Array, Proposer, Request, StepLoad, StepResult
 from .length_policies import POLICIES, Drafted, Outcome, Policy, make_policy
 from .saved_state import State, join, part
-from .step_time import StepTimeModel
+from .step_time import StepTimeModel, base_load
 
 BoolArray = npt.NDArray[np.bool_]
 Float64Array = npt.NDArray[np.float64]
@@ -232,17 +232,24 @@ class AdaptiveLength(Proposer):
         seconds = bare = math.nan
         if load.prefill == 0 and load.requests and self.times.ready:
             seconds = self.times.predict(load)
-            bare = self.times.predict(StepLoad(load.requests, load.requests, load.context, load.context))
+            bare = self.times.predict(base_load(load.requests, load.context, self.others.rows))
         if step.seconds == step.seconds:
             self.times.observe(load, step.seconds)
-        self.policy.learn(Outcome(step.slots, step.num_drafted, step.num_accepted, emitted, seconds, bare))
+        self.policy.learn(
+            Outcome(step.slots, step.num_drafted, step.num_accepted, emitted, seconds, bare, self.others.tokens)
+        )
 
     def propose(self, slots: Int32Array, limits: Int32Array) -> DraftForest:
         """Draft, and keep what pays."""
-        curve = None
+        curve, others = None, self.others
         if self.times.ready:
-            curve = self.times.curve(len(slots), int(self._sizes[slots].sum()), int(np.sum(limits)))
-        self.inner.floor = self._floor(len(slots), curve)
+            curve = self.times.curve(
+                len(slots) + others.requests,
+                int(self._sizes[slots].sum()) + others.context,
+                int(np.sum(limits)),
+                others.rows,
+            )
+        self.inner.floor = self._floor(len(slots) + others.tokens, curve)
         start = time.perf_counter()
         forest = self.inner.propose(slots, limits)
         self._cost.add(len(forest.tokens), time.perf_counter() - start)
@@ -269,14 +276,14 @@ class AdaptiveLength(Proposer):
         totals["kept_nodes"] += self._budget
         return forest
 
-    def _floor(self, requests: int, curve: Float64Array | None) -> float:
-        """Least probability worth drafting."""
+    def _floor(self, tokens: int, curve: Float64Array | None) -> float:
+        """Least probability worth drafting, where a step without drafts emits ``tokens``."""
         least = max(self.options.min_prob, self.floor)
         if curve is None:
             return max(least, START_PROB) if self._timed else least
         if self._trial_due():
             return least
-        rate = requests / curve[0] * max(self._economy.gain, 1.0)
+        rate = tokens / curve[0] * max(self._economy.gain, 1.0)
         return max(least, self.policy.floor(), rate * self._cost.seconds)
 
     def _choose(self, forest: DraftForest, slots: Int32Array, curve: Float64Array | None) -> BoolArray:
@@ -286,7 +293,8 @@ class AdaptiveLength(Proposer):
         if curve is None or not size:
             return keep
         matched = forest.matched if forest.matched is not None else np.zeros(len(slots), np.int32)
-        chosen = self.policy.choose(Drafted(forest.probs, forest.parents, forest.offsets, slots, matched), curve)
+        drafted = Drafted(forest.probs, forest.parents, forest.offsets, slots, matched, self.others.tokens)
+        chosen = self.policy.choose(drafted, curve)
         return np.logical_and(keep, chosen)
 
     def _is_contrast(self) -> bool:
@@ -304,7 +312,9 @@ class AdaptiveLength(Proposer):
         economy, size = self._economy, len(forest.tokens)
         bare = float(curve[0])
         economy.add(
-            float(forest.probs.sum()) / max(self._requests, 1), float(curve[size]) / bare - 1.0, self._overhead / bare
+            float(forest.probs.sum()) / max(self._requests + self.others.tokens, 1),
+            float(curve[size]) / bare - 1.0,
+            self._overhead / bare,
         )
         if not self.options.pause or self.options.policy != "marginal":
             return False

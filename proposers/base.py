@@ -83,6 +83,27 @@ class StepLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class Others:
+    """What requests that are not the proposer's had in a step, where several proposers draft in one engine.
+
+    Attributes:
+        requests: that decoded.
+        rows: draft tokens verified for them.
+        context: tokens they hold, summed over requests.
+        tokens: emitted for them.
+    """
+
+    requests: int = 0
+    rows: int = 0
+    context: int = 0
+    tokens: int = 0
+
+
+#: All requests are the proposer's.
+NO_OTHERS = Others()
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What the target model decided in one step, for the ``n`` requests that emitted tokens in it.
 
@@ -204,6 +225,9 @@ class Proposer(abc.ABC):
     under_budget: ClassVar[Mapping[str, Any]] = {}
     #: Nodes less probable than this are not worth drafting: a budget around the proposer sets it before ``propose``.
     floor: float = 0.0
+    #: What else was in the step being observed, and what the next one may be taken to have beside this proposer's
+    #: drafts: the host sets it before ``observe`` and ``propose``.
+    others: Others = NO_OTHERS
     #: False for proposers whose use changes the output distribution.
     lossless: ClassVar[bool] = True
 

@@ -44,12 +44,13 @@ def _check_curve(seconds: Float64Array, size: int) -> None:
         raise ValueError(f"seconds has {len(seconds)} entries; {size} draft nodes need {size + 1}, one per row count")
 
 
-def expected_tokens(probs: Float64Array, order: Int64Array, requests: int) -> Float64Array:
-    """``float64[N + 1]``: tokens that a step with the first 0, 1, 2, ... nodes of ``order`` is expected to emit."""
+def expected_tokens(probs: Float64Array, order: Int64Array, base: float) -> Float64Array:
+    """``float64[N + 1]``: tokens that a step with the first 0, 1, 2, ... nodes of ``order`` is expected to emit;
+    ``base``: without any, one per request."""
     expected = np.empty(len(order) + 1)
     expected[0] = 0.0
     np.cumsum(probs[order], out=expected[1:])
-    expected += requests
+    expected += base
     return expected
 
 
@@ -81,7 +82,8 @@ def least_useful(seconds: Float64Array, kept: int, rate: float) -> float:
     more = seconds[kept + 1 :]
     after = ((more - seconds[kept]) / np.arange(1, len(more) + 1)).min() if len(more) else math.inf
     slope = min(before, after)
-    return float(rate * slope) if slope < math.inf else math.nan
+    # Where more rows take less time, any node will do.
+    return float(rate * max(slope, 0.0)) if slope < math.inf else math.nan
 
 
 def marginal(drafted: Drafted, seconds: Float64Array, rate: float) -> BoolArray:
@@ -93,7 +95,7 @@ def marginal(drafted: Drafted, seconds: Float64Array, rate: float) -> BoolArray:
     probs = path_probs(drafted)
     _check_curve(seconds, len(probs))
     order = by_prob(probs)
-    count = most_worth(expected_tokens(probs, order, len(drafted.slots)), seconds, rate)
+    count = most_worth(expected_tokens(probs, order, len(drafted.slots) + drafted.given), seconds, rate)
     keep = np.zeros(len(probs), np.bool_)
     keep[order[:count]] = True
     return keep
@@ -162,7 +164,7 @@ def goodput(drafted: Drafted, seconds: Float64Array, acceptance: float) -> int:
     rows = np.cumsum(np.bincount(depths, minlength=levels))
     # Requests drafted at least as deep as each level; the token that is emitted anyway is level 0.
     deep = len(deepest) - np.cumsum(np.bincount(deepest + 1, minlength=levels + 1)[:levels])
-    expected = np.cumsum(deep * acceptance ** np.arange(levels))
+    expected = np.cumsum(deep * acceptance ** np.arange(levels)) + drafted.given
     return int(np.argmax(expected / seconds[rows]))
 
 
@@ -248,7 +250,7 @@ class Marginal(Policy):
         if len(drafted.slots) == 0:
             return keep
         order = by_prob(probs)
-        expected = expected_tokens(probs, order, len(drafted.slots))
+        expected = expected_tokens(probs, order, len(drafted.slots) + drafted.given)
         rate = self._rate(expected, seconds)
         count = most_worth(expected, seconds, rate)
         keep[order[:count]] = True

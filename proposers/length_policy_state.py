@@ -26,6 +26,7 @@ class Drafted(NamedTuple):
     offsets: Int32Array  #: [n + 1]
     slots: Int32Array  #: [n]
     matched: Int32Array  #: [n] the request's last tokens that the draft's source has seen before; zeros if unknown
+    given: float = 0.0  #: tokens that the step emits for requests drafted for elsewhere
 
 
 class Outcome(NamedTuple):
@@ -36,7 +37,8 @@ class Outcome(NamedTuple):
     accepted: Int32Array  #: [n] of them accepted
     emitted: Int32Array  #: [n] tokens emitted
     seconds: float  #: the model's time of the step as it was; NaN if unknown
-    base_seconds: float  #: and had it had no drafts; NaN if unknown
+    base_seconds: float  #: and had it not had these drafts; NaN if unknown
+    given: float = 0.0  #: tokens emitted for requests drafted for elsewhere
 
 
 class Policy(abc.ABC):
@@ -80,12 +82,12 @@ class Gain:
 
     def learn(self, outcome: Outcome) -> None:
         """Add a step; one whose times are unknown says nothing."""
-        n = len(outcome.slots)
-        if n == 0 or not (outcome.seconds > 0 and outcome.base_seconds > 0):
+        if len(outcome.slots) == 0 or not (outcome.seconds > 0 and outcome.base_seconds > 0):
             return
+        n = len(outcome.slots) + outcome.given  # tokens without these drafts
         # Both sums forget alike, so their ratio is not biased while they are young.
-        load, stay = n.bit_length(), 1.0 - 1.0 / WINDOW
-        self._tokens[load] = stay * self._tokens[load] + float(outcome.emitted.sum()) / n
+        load, stay = int(n).bit_length(), 1.0 - 1.0 / WINDOW
+        self._tokens[load] = stay * self._tokens[load] + (float(outcome.emitted.sum()) + outcome.given) / n
         self._times[load] = stay * self._times[load] + outcome.seconds / outcome.base_seconds
         self._steps[load] += 1
 

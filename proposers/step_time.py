@@ -2,7 +2,9 @@
 
 seconds = scale * shape(load). The *shape* is linear, with coefficients >= 0, in a constant, the requests, their
 context, the context summed over rows (attention costs rows x context on CPUs), the prefill, its context and the rows,
-and piecewise linear in rows and prefill together: kernels work in blocks, and GPUs have a ridge. The *scale* is the
+and piecewise linear in rows and prefill together: kernels work in blocks, and GPUs have a ridge. So it never falls as
+the load grows, with one exception: a step of one or two rows may cost something extra, for there matrix kernels can be
+slower than for three to six (oneDNN in bfloat16 on an AVX-512 CPU: 28, 32, 26, 25, 25, 25 ms). The *scale* is the
 machine being faster or slower as a whole. Only the shape says what a draft token costs relative to a step.
 
 Both are the state of one extended Kalman filter (Kalman 1960) of the seconds' logarithm, which splits a surprise
@@ -44,17 +46,18 @@ Float64Array = npt.NDArray[np.float64]
 
 # Row counts where the slope may change; the last slope goes on for ever.
 KNOTS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048], np.float64)
-# Before them: constant, requests, context, row context, prefill, prefill context; tokens of context in thousands.
-_FIRST_SLOPE = 7
+# Before them: constant, requests, context, row context, prefill, prefill context, rows, whether there is one row,
+# whether there are two; tokens of context in thousands.
+_ONE, _TWO, _FIRST_SLOPE = 7, 8, 9
 # After them: logarithm of the scale.
 _LOG_SCALE = _FIRST_SLOPE + len(KNOTS)
 _SIZE = _LOG_SCALE + 1
 _CONTEXT_UNIT = 1.0 / 1024
 # Guess and its standard deviation, in steps of one row: a row costs a few percent of it.
-_GUESS = np.array([0.96, 0.01, 0.005, 0.003, 0.002, 0.002, 0.005] + [0.025] * len(KNOTS) + [math.log(0.02)])
-_DOUBT = np.array([0.3, 0.03, 0.06, 0.03, 0.01, 0.02, 0.02] + [0.05] * len(KNOTS) + [0.1])
+_GUESS = np.array([0.96, 0.01, 0.005, 0.003, 0.002, 0.002, 0.005, 0.0, 0.0] + [0.025] * len(KNOTS) + [math.log(0.02)])
+_DOUBT = np.array([0.3, 0.03, 0.06, 0.03, 0.01, 0.02, 0.02, 0.2, 0.2] + [0.05] * len(KNOTS) + [0.1])
 # Of the slopes at neighbouring knots.
-_LIKENESS = 0.95
+_LIKENESS = 0.8
 # Variance that a prediction of the shape keeps, in units of the noise's: the memory is its inverse, in steps.
 _FLOOR = 1 / 400
 # Variance that the scale gains per step, in the same units: it follows within some ten steps.
@@ -68,8 +71,10 @@ _FIRST_STEPS = 8
 _ENOUGH = 16
 _FIELDS = 6  # of a StepLoad
 _ERRORS = 200
-# The start-up probe leaves out the engine's own work: its constant is no more than a hint.
+# The start-up probe leaves out the engine's own work: its constant is no more than a hint. Its times are the best of
+# several, so they have less noise than steps.
 _PROBE_DOUBT = 0.2
+_PROBE_NOISE = 0.02
 _LEAST_SHAPE = 1e-3
 # Rounds of looking for the coefficients that are not negative, and what they may still move in the last one.
 _SWEEPS, _SETTLED = 8, 1e-5
@@ -100,6 +105,8 @@ def _features(load: Float64Array, x: Float64Array) -> None:
     x[4] = load[4]
     x[5] = load[5] * _CONTEXT_UNIT
     x[6] = load[1]
+    x[_ONE] = 1.0 if rows == 1.0 else 0.0
+    x[_TWO] = 1.0 if rows == 2.0 else 0.0
     last = len(KNOTS) - 1
     for k in range(last):
         x[_FIRST_SLOPE + k] = min(max(rows - KNOTS[k], 0.0), KNOTS[k + 1] - KNOTS[k])
@@ -264,16 +271,20 @@ def _predict(coef: Float64Array, load: Float64Array, x: Float64Array) -> float:
 
 
 @kernel
-def _curve(coef: Float64Array, first: float, requests: int, each: float, out: Float64Array) -> None:
-    """``out[n]``: seconds of a step of ``requests + n`` rows; ``first``: of none more, ``each``: context of a row."""
+def _curve(coef: Float64Array, first: float, rows: int, each: float, out: Float64Array) -> None:
+    """``out[n]``: seconds of a step of ``rows + n`` rows; ``first``: of none more, ``each``: context of a row."""
     scale = np.exp(coef[_LOG_SCALE])
     flat = coef[6] + coef[3] * _CONTEXT_UNIT * each
     seconds, k = first, 0
     out[0] = first
     for n in range(1, len(out)):
-        while k + 1 < len(KNOTS) and requests + n > KNOTS[k + 1]:
+        while k + 1 < len(KNOTS) and rows + n > KNOTS[k + 1]:
             k += 1
         seconds += scale * (coef[_FIRST_SLOPE + k] + flat)
+        if rows + n == 2:
+            seconds += scale * (coef[_TWO] - coef[_ONE])
+        elif rows + n == 3:
+            seconds -= scale * coef[_TWO]
         out[n] = seconds
 
 
@@ -310,6 +321,11 @@ def _observe(
             cov[i, j] = first_cov[i, j]
     _replay(mean, cov, coef, push, level, loads, logs, scratch, seen + 1)
     return predicted
+
+
+def base_load(requests: int, context: int, given: int = 0) -> StepLoad:
+    """The load of ``requests`` that hold ``context`` tokens, summed, with ``given`` draft rows spread evenly."""
+    return StepLoad(requests, requests + given, context, context + given * context // requests)
 
 
 class StepTimeModel:
@@ -387,7 +403,10 @@ class StepTimeModel:
         arrays = np.array([self._read(load)[:_FIELDS].copy() for load, _ in pairs])
         logs = np.log(np.clip([s for _, s in pairs], _SHORTEST, _LONGEST))
         scratch = np.zeros((4, max(_SIZE, len(pairs))))
+        noise = self._level[_FIRST_NOISE]
+        self._level[_FIRST_NOISE] = _PROBE_NOISE
         _replay(self._mean, self._cov, self._coef, self._push, self._level, arrays, logs, scratch, len(pairs))
+        self._level[_NOISE_SD] = noise
         self._cov[0, 0] += _PROBE_DOUBT * _PROBE_DOUBT
         self._trusted = True
         self._start_here()
@@ -396,25 +415,27 @@ class StepTimeModel:
         """Seconds that a step with this load takes; a guess until a step was seen."""
         return float(_predict(self._coef, self._read(load), self._scratch[0]))
 
-    def curve(self, requests: int, context: int, most: int) -> Float64Array:
+    def curve(self, requests: int, context: int, most: int, given: int = 0) -> Float64Array:
         """Seconds of a step without prefill, by draft rows, which are spread evenly: ``float64[most + 1]``, never
-        falling.
+        falling but where one or two rows cost extra.
 
         Args:
             requests: requests that decode, at least one.
             context: tokens they hold, summed.
             most: the most draft rows.
+            given: draft rows that the step has in any case, not counted in the result's index.
 
         Raises:
             ValueError: an argument is out of range.
         """
-        if requests < 1 or context < 0 or most < 0:
+        if requests < 1 or context < 0 or most < 0 or given < 0:
             raise ValueError(
-                f"curve: requests >= 1, context >= 0 and most >= 0 expected, got {requests}, {context} and {most}"
+                "curve: requests >= 1, context >= 0, most >= 0 and given >= 0 expected, got "
+                f"{requests}, {context}, {most} and {given}"
             )
         out = np.empty(most + 1)
-        first = self.predict(StepLoad(requests, requests, context, context))
-        _curve(self._coef, first, requests, context / requests, out)
+        first = self.predict(base_load(requests, context, given))
+        _curve(self._coef, first, requests + given, context / requests, out)
         return out
 
     def stats(self) -> dict[str, float]:

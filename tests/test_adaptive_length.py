@@ -20,7 +20,7 @@ from vllm_specplug.proposers.adaptive_length import (
     select,
 )
 from vllm_specplug.proposers.auto import Auto, AutoOptions
-from vllm_specplug.proposers.base import DraftForest, Proposer, Request, StepLoad, StepResult
+from vllm_specplug.proposers.base import DraftForest, Others, Proposer, Request, StepLoad, StepResult
 from vllm_specplug.proposers.saved_state import whole
 
 from vllm_specplug import registry
@@ -413,3 +413,26 @@ def test_options_are_those_of_the_budget():
     assert AdaptiveLengthOptions().policy == "marginal"
     with pytest.raises(OptionError, match="policy"):
         registry.parse_options({"specplug": {"auto": {"policy": "marginl"}}})
+
+
+def test_a_budget_among_others_drafts_as_one_for_all_would():
+    def kept(requests, others=None):
+        """Nodes kept of each request's chain on a server whose rows are not cheap."""
+        proposer = budget(pause=False)
+        rows = [1, 2, 4, 8, 16, 32, 64]
+        proposer.times.prime([StepLoad(1, n, 0, 0) for n in rows], [0.02 + 0.0015 * n for n in rows])
+        for slot in range(requests):
+            proposer.add_request(Request(slot, str(slot), PROMPT))
+        if others is not None:
+            proposer.others = others
+        sizes = np.diff(proposer.propose(np.arange(requests, dtype=np.int32), np.full(requests, 4, np.int32)).offsets)
+        assert (sizes == sizes[0]).all()
+        return int(sizes[0])
+
+    together = kept(8)
+    accepted = sum((0.9, 0.6, 0.3, 0.1)[:together])
+    among = Others(7, 7 * together, 7 * len(PROMPT), round(7 * (1 + accepted)))
+    assert kept(1, among) == together < kept(1)
+    assert (
+        kept(1, Others(7, 7 * together, 7 * len(PROMPT), 0)) > together
+    )  # as if the others' tokens were worth nothing

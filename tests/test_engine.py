@@ -41,7 +41,8 @@ def long_prompt(prompts):
 def auto(baseline):
     """The engine most tests share. vLLM keeps one set of metrics per process, the newest engine's: tests that read
     this one's come before those that start another."""
-    with engine(MODEL, AUTO, additional_config={"specplug": {"auto": FIXED}}) as llm:
+    config = {"specplug": {"auto": FIXED, "ab": {"arms": ["retrieval", "token_recycling"]}}}
+    with engine(MODEL, AUTO, additional_config=config) as llm:
         yield llm
 
 
@@ -117,6 +118,64 @@ def test_samples_and_sampling_parameters_run_side_by_side(auto, prompts):
         assert table[token].logprob == max(entry.logprob for entry in table.values())
     assert " the" not in outputs[4].outputs[0].text
     assert lifecycle_of(auto).counters.errors == 0
+
+
+def by_arm(llm, before=None):
+    """``{arm: {counter: value}}``, less those ``before``."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in runner_of(llm).drafter.stats().items():
+        if name.startswith("arm."):
+            _, arm, key = name.split(".")
+            found.setdefault(arm, {})[key] = value - (before[arm][key] if before else 0.0)
+    return found
+
+
+def test_arms_share_a_batch(auto, prompts, baseline):
+    """Whoever drafts, the tokens are the same; each arm counts its own, and off drafts nothing."""
+    from vllm import SamplingParams
+
+    arms, before = ["auto", "retrieval", "token_recycling", "off"], by_arm(auto)
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=LENGTH, extra_args={"specplug": arms[i % 4]}) for i in range(COUNT)
+    ]
+    outputs = [list(o.outputs[0].token_ids) for o in auto.generate(prompts[:COUNT], params, use_tqdm=False)]
+    assert outputs == baseline["outputs"]
+    counts = by_arm(auto, before)
+    assert set(counts) == set(arms)
+    for i, arm in enumerate(arms):
+        count, emitted = counts[arm], sum(map(len, outputs[i::4]))
+        assert count["requests"] == COUNT / 4 and count["errors"] == 0
+        # The runner does not cut the tokens of the step that ends a request.
+        assert emitted <= count["emitted"] <= emitted + 8 * COUNT / 4
+        assert count["decode_tokens"] == count["emitted"] - count["requests"]
+        assert 0.0 < count["decode_seconds"] / count["decode_tokens"] < 1.0
+        if arm == "off":
+            assert count["drafted"] == count["verified"] == count["accepted"] == 0
+            assert count["decode_steps"] == count["decode_tokens"]
+        else:
+            assert count["drafted"] >= count["verified"] > count["accepted"] > 5, arm
+            assert count["decode_steps"] == count["decode_tokens"] - count["accepted"]
+    greedy(auto, prompts[:1], 4, 1)  # its first step reports the last ended ones to the worker
+    assert runner_of(auto).drafter.arms._arm == {}
+
+
+def test_a_split_assigns_arms(auto, prompts, baseline, monkeypatch):
+    from vllm_specplug.host.arms_in_one import ArmChoice
+
+    names = {name: name for name in ("auto", "retrieval", "off")}
+    choice = ArmChoice(names, "auto", {"auto": 0.4, "retrieval": 0.3, "off": 0.3}, by="tenant")
+    asked = {}
+    monkeypatch.setattr(runner_of(auto).drafter.arms, "_choice", choice)
+    monkeypatch.setattr(
+        choice, "of", lambda i, extra: asked.setdefault(i, ArmChoice.of(choice, i, extra | {"specplug_tenant": i[:2]}))
+    )
+    before = by_arm(auto)
+    assert greedy(auto, prompts[:8], LENGTH, 8) == baseline["outputs"][:8]
+    counts = by_arm(auto, before)
+    assert len(asked) == 8
+    for arm in names:
+        assert counts[arm]["requests"] == list(asked.values()).count(arm)
+    assert counts["token_recycling"]["requests"] == 0
 
 
 def test_penalties_and_bad_words_equal_no_speculation(auto, prompts):

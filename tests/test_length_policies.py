@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from proposer_steps import ints
 from vllm_specplug.proposers import length_policies as lp
 from vllm_specplug.proposers.length_policies import POLICIES, Drafted, Outcome, make_policy
+from vllm_specplug.proposers.length_policy_state import Gain
 
 Node = tuple[int, float]  # parent, path probability
 
@@ -325,3 +326,32 @@ def test_bad_forests(name: str) -> None:
 def test_a_curve_that_is_too_short(name: str) -> None:
     with pytest.raises(ValueError, match="seconds has 2 entries; 2 draft nodes need 3"):
         make_policy(name).choose(drafted(chain(0.9, 0.8)), np.ones(2))
+
+
+# One budget of several in an engine, what is not its own given.
+
+
+def test_one_budget_of_several_drafts_as_much_as_one_for_all() -> None:
+    probs = (0.9, 0.6, 0.35, 0.2, 0.1)
+    own, seconds = drafted(chain(*probs)), 0.02 + 0.0015 * np.arange(100)
+    together = make_policy("marginal").choose(drafted(*[chain(*probs)] * 8), seconds).reshape(8, len(probs))
+    kept = together[0]
+    assert (together == kept).all() and 0 < kept.sum() < len(probs)
+    rows, tokens = 7 * int(kept.sum()), 7 * (1.0 + float(own.probs[kept].sum()))
+    alone = make_policy("marginal").choose(own._replace(given=tokens), seconds[rows:])
+    assert alone.tolist() == kept.tolist()
+    # Not knowing of the others' tokens it would slow them down for few of its own.
+    assert make_policy("marginal").choose(own, seconds[rows:]).sum() > kept.sum()
+
+
+def test_goodput_counts_tokens_that_are_given() -> None:
+    forest, seconds = drafted(chain(0.9, 0.8, 0.7, 0.6)), 0.02 + 0.004 * np.arange(5)
+    assert lp.goodput(forest, seconds, 0.8) > lp.goodput(forest._replace(given=20.0), seconds, 0.8) == 0
+
+
+def test_the_gain_counts_tokens_that_are_given() -> None:
+    one, several = Gain(), Gain()
+    one.learn(outcome(2, 3, 2, seconds=0.03, base=0.02))
+    several.learn(outcome(2, 3, 2, seconds=0.03, base=0.02)._replace(given=3.0))
+    assert one.at(2) == (pytest.approx(3.0 / 1.5), 1)
+    assert several.at(5) == (pytest.approx((6 + 3) / 5 / 1.5), 1) and several.at(2) == (1.0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -16,6 +17,8 @@ class Sample:
     mode: str = options.option("auto", "a mode", choices=("auto", "fixed"))
     fast: bool = options.option(False, "a switch", env="SPECPLUG_SAMPLE_FAST")
     path: str | None = options.option(None, "a path")
+    names: Sequence[str] | None = options.option(None, "names", kind=list)
+    shares: Mapping[str, float] | None = options.option(None, "shares", kind=dict)
 
 
 def test_defaults_and_values():
@@ -23,6 +26,8 @@ def test_defaults_and_values():
     got = options.parse(Sample, {"share": 1, "count": 7, "mode": "fixed", "fast": True, "path": "x"}, "specplug.sample")
     assert got == Sample(share=1.0, count=7, mode="fixed", fast=True, path="x")
     assert isinstance(got.share, float)
+    got = options.parse(Sample, {"names": ["a"], "shares": {"a": 1, "b": 0.5}}, "specplug.sample")
+    assert (got.names, got.shares) == (["a"], {"a": 1, "b": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -38,6 +43,10 @@ def test_defaults_and_values():
         ({"fast": 1}, ["specplug.sample.fast = 1", "true or false"]),
         ({"shar": 0.1}, ["unknown option specplug.sample.shar", "Did you mean 'share'?", "count, fast, mode"]),
         ({"path": 3}, ["specplug.sample.path = 3", "a string"]),
+        ({"names": "a"}, ["specplug.sample.names = 'a'", "a list of names"]),
+        ({"names": ["a", 1]}, ["specplug.sample.names = ['a', 1]", "a list of names"]),
+        ({"shares": [0.5]}, ["specplug.sample.shares = [0.5]", "a JSON object of numbers by name"]),
+        ({"shares": {"a": True}}, ["specplug.sample.shares = {'a': True}", "a JSON object of numbers by name"]),
         ([1], ["specplug.sample = [1]", "JSON object"]),
         (None, ["specplug.sample = None", "JSON object"]),
     ],

@@ -84,6 +84,64 @@ def test_parse_options_ignores_other_plugins_sections():
     assert registry.parse_options(None).general.enabled is True
 
 
+def arms(**ab):
+    """A server of Auto, with these options under ``specplug.ab``: names and shares."""
+    user, entry = registry.parse_options({"specplug": {"ab": ab}}), registry.find("Auto")
+    return user.arm_names(entry), user.split(entry)
+
+
+def test_arms_and_shares():
+    assert arms() == ({"off": "off", "default": "auto", "auto": "auto"}, {})
+    names, shares = arms(
+        arms=["retrieval", "vllm_ngram", "auto", "off"], split={"default": 0.7, "off": 0.2, "retrieval": 0.1}
+    )
+    assert set(names) == {"off", "default", "auto", "retrieval", "vllm_ngram"}
+    assert shares == {"auto": 0.7, "off": 0.2, "retrieval": 0.1}
+    assert arms(split={"auto": 1})[1] == {"auto": 1.0}
+    assert arms(split={"auto": 0.7000004, "off": 0.3})[1]["off"] == 0.3
+
+
+def test_arms_of_other_packages(third_party):
+    assert arms(arms=["acme_drafts"])[0]["acme_drafts"] == "acme_drafts"
+
+
+@pytest.mark.parametrize(
+    ("ab", "words"),
+    [
+        (
+            {"arms": ["retreival"]},
+            ["specplug.ab.arms", "auto, retrieval", "'retreival' is none", "Did you mean 'retrieval'"],
+        ),
+        ({"split": {"retrieval": 0.5, "off": 0.5}}, ["specplug.ab.split", "auto, default, off", "'retrieval' is none"]),
+        ({"split": {"auto": 0.5, "off": 0.4}}, ["specplug.ab.split", "add up to 1, these make 0.9"]),
+        ({"split": {}}, ["specplug.ab.split", "these make 0"]),
+        ({"split": {"auto": 1.0, "off": 0}}, ["specplug.ab.split", "above 0", "'off' has 0"]),
+        ({"split": {"auto": float("nan")}}, ["specplug.ab.split", "'auto' has nan"]),
+        ({"split": {"auto": 0.5, "default": 0.5}}, ["specplug.ab.split", "names the arm auto twice"]),
+        ({"split": {"auto": "0.5"}}, ["specplug.ab.split", "a JSON object of numbers by name"]),
+        ({"split": 0.5}, ["specplug.ab.split = 0.5", "a JSON object"]),
+        ({"by": "user"}, ["specplug.ab.by = 'user'", "one of request, tenant"]),
+        ({"seed": -1}, ["specplug.ab.seed = -1", "from 0 to"]),
+        ({"share": {}}, ["unknown option specplug.ab.share", "arms, by, seed, split"]),
+        ([], ["specplug.ab = []", "JSON object"]),
+    ],
+)
+def test_mistakes_in_arms_are_named(ab, words):
+    with pytest.raises(options.OptionError) as caught:
+        user = registry.parse_options({"specplug": {"ab": ab}})
+        user.check(registry.find("Auto"))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_options_of_an_arm_are_checked(monkeypatch):
+    user = registry.parse_options(
+        {"specplug": {"ab": {"arms": ["adaptive_length"]}, "adaptive_length": {"inner": "Auto"}}}
+    )
+    with pytest.raises(options.OptionError, match=r"specplug\.adaptive_length\.inner = 'Auto'"):
+        user.check(registry.find("Retrieval"))
+
+
 def test_enabled_switch_from_environment(monkeypatch):
     monkeypatch.setenv("SPECPLUG_ENABLED", "0")
     assert registry.parse_options({}).general.enabled is False

@@ -11,6 +11,7 @@ import contextlib
 import json
 
 import jsonschema
+import openai
 import pytest
 from server import MODEL, Server, serve_flags
 from vllm_specplug.proposers import saved_state
@@ -276,6 +277,31 @@ def test_own_metrics_beside_the_servers(client, server, capsys):
     # vLLM cuts the tokens of a step that ends a request before it counts.
     assert 0 <= counted["accepted"] - server.accepted() < counted["accepted"] / 2
     assert any(request["accepted"] > 5 for request in document["requests"])
+
+
+def test_a_request_without_drafts(client, server, capsys):
+    """The per-request switch needs no option of the server's."""
+    prompt = "Monday, Tuesday, Wednesday, Thursday, Friday. Monday, Tuesday, Wednesday,"
+    with drafting(server):
+        whole = complete(client, prompt, extra_body={"vllm_xargs": {"specplug": "default"}})
+    server.wait_idle()
+    drafted = server.drafted()
+    plain = complete(client, prompt, extra_body={"vllm_xargs": {"specplug": "off"}})
+    assert plain.choices[0].text == whole.choices[0].text
+    server.wait_idle()
+    assert server.drafted() == drafted
+    assert main.main(["stats", "--json", "--url", server.url]) == 0
+    [engine] = json.loads(capsys.readouterr().out)["engines"]
+    off, own = engine["arms"]["off"], engine["arms"]["retrieval"]
+    assert (off["requests"], off["emitted_tokens"], off["drafted_tokens"]) == (1, plain.usage.completion_tokens, 0)
+    assert own["requests"] > 1 and own["decode_tokens"] > own["decode_steps"] > 0
+
+
+@pytest.mark.parametrize("named", ["auto", "", 7, ["off"]])
+def test_an_arm_that_is_not_held_is_refused(client, named):
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, STORY, extra_body={"vllm_xargs": {"specplug": named}})
+    assert "expected one of default, off, retrieval" in str(caught.value)
 
 
 def test_tenants_share_no_text(client, server):

@@ -137,6 +137,29 @@ CASES = {
         {},
         ["rejection_sample_method = 'synthetic' is not allowed"],
     ),
+    "unknown arm": (
+        [*SELECTED, *options({"ab": {"arms": ["token_recylcing"]}})],
+        {},
+        ["specplug.ab.arms = ['token_recylcing'] is not allowed", "Did you mean 'token_recycling'?"],
+    ),
+    "split that does not add up": (
+        [*SELECTED, *options({"ab": {"split": {"retrieval": 0.9, "off": 0.2}}})],
+        {},
+        ["specplug.ab.split", "add up to 1, these make 1.1"],
+    ),
+    "split to an arm that is not held": (
+        [*SELECTED, *options({"ab": {"split": {"auto": 0.9, "off": 0.1}}})],
+        {},
+        ["specplug.ab.split", "expected names out of default, off, retrieval", "specplug.ab.arms says"],
+    ),
+    "split where ranks name requests differently": (
+        [
+            *[*SELECTED, "--distributed-executor-backend", "external_launcher"],
+            *options({"ab": {"split": {"retrieval": 0.9, "off": 0.1}}}),
+        ],
+        {},
+        ["specplug.ab.split is not allowed", "external_launcher"],
+    ),
     "unknown variable": (SELECTED, {"SPECPLUG_ENABLE": "1"}, ["SPECPLUG_ENABLE", "Did you mean 'SPECPLUG_ENABLED'?"]),
     "variable of the wrong type": (SELECTED, {"SPECPLUG_ENABLED": "maybe"}, ["SPECPLUG_ENABLED = 'maybe'"]),
 }

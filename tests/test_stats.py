@@ -127,7 +127,7 @@ def test_tables(server, capsys):
     assert lines["context"][1:] == ["720", "50.0%", "75.0%", "68.8%", "62.5%", "56.2%", "50.0%", "34.4%"]
     assert lines["store"][1:] == ["10", "10.0%", "10.0%"]
     assert lines["all"][1:4] == ["730", "49.5%", "67.8%"]
-    assert "cmpl-" not in text
+    assert "cmpl-" not in text and "Arms" not in text
 
 
 def test_an_engine_that_has_drafted_nothing_yet(directory, capsys):
@@ -138,6 +138,33 @@ def test_an_engine_that_has_drafted_nothing_yet(directory, capsys):
         assert main.main(["stats", "--url", url, "--requests"]) == 0
     text = capsys.readouterr().out
     assert "draft tokens verified" in text and "accepted of verified" not in text
+
+
+def test_arms(directory, capsys):
+    shown = {"requests": 3.0, "emitted": 900.0, "verified": 800.0, "accepted": 600.0, "drafted": 1000.0, "errors": 0.0}
+    totals = {
+        **a_snapshot().totals,
+        **{f"arm.auto.{key}": value for key, value in shown.items()},
+        **{"arm.auto.decode_steps": 250.0, "arm.auto.decode_tokens": 750.0, "arm.auto.decode_seconds": 6.0},
+        **{"arm.off.requests": 1.0, "arm.off.emitted": 1.0, "arm.off.decode_steps": 0.0, "arm.off.decode_tokens": 0.0},
+        **{"arm_stat.retrieval.store_bytes": 5.0, "arm_stat.retrieval.oddity": 7.0, "arm_unknown_requests": 2.0},
+    }
+    Publisher({"engine": "0"}, lambda: Snapshot(totals, SOURCES, a_snapshot().by_source_depth, []))
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(Collector())
+    with serving(lambda: prometheus_client.generate_latest(registry).decode()) as url:
+        assert main.main(["stats", "--url", url, "--json"]) == 0
+        [engine] = json.loads(capsys.readouterr().out)["engines"]
+        assert main.main(["stats", "--url", url]) == 0
+    text = capsys.readouterr().out
+    assert engine["arms"]["auto"]["accepted_tokens"] == 600 and engine["arms"]["auto"]["decode_seconds"] == 6
+    assert engine["arms"]["retrieval"] == {"store_bytes": 5} and engine["totals"]["store_bytes"] == 3 << 20
+    assert engine["stat"]["retrieval.oddity"] == 7 and engine["totals"]["arm_unknown_requests"] == 2
+    table = text[text.index("Arms") :]
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line.strip()}
+    assert rows["auto"] == ["3", "900", "3.00", "8.00", "800", "75.0%"]
+    assert rows["off"] == ["1", "1", "0"]
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_requests(server, capsys):

@@ -230,13 +230,29 @@ def test_is_monotone_and_finite_whatever_it_was_shown(shown, load, field, more):
         model.observe(each, seconds)
     values = {name: getattr(load, name) for name in StepLoad.__slots__}
     before, after = model.predict(load), model.predict(StepLoad(**{**values, field: values[field] + more}))
-    assert 0 < before <= after < math.inf
+    assert min(before, after) > 0 and max(before, after) < math.inf
+    assert before <= after or load.rows + load.prefill in (1, 2)
     curve = model.curve(max(load.requests, 1), load.context, 300)
-    assert np.isfinite(curve).all() and (np.diff(curve) >= 0).all()
+    assert np.isfinite(curve).all() and (np.diff(curve)[max(3 - load.requests, 0) :] >= 0).all()
     assert np.isfinite(list(model.stats().values())).all()
     restored = StepTimeModel()
     restored.restore(model.state())
     assert 0 < restored.predict(load) < math.inf
+
+
+def test_learns_that_one_and_two_rows_cost_extra():
+    """As a processor's matrix kernels may; from a probe, and from steps."""
+    seconds = {1: 0.028, 2: 0.032, 3: 0.025, 4: 0.025, 6: 0.025, 8: 0.031, 12: 0.034, 16: 0.039}
+    probed, seen, rng = StepTimeModel(), StepTimeModel(), np.random.default_rng(5)
+    probed.prime([StepLoad(1, rows, 0, 0) for rows in seconds], list(seconds.values()))
+    for _ in range(400):
+        rows = int(rng.choice(list(seconds)))
+        seen.observe(StepLoad(1, rows, 100, 100 * rows), seconds[rows] * rng.lognormal(0, 0.05))
+    for model, within in ((probed, 0.06), (seen, 0.05)):
+        curve = model.curve(1, 100, 15)
+        for rows, truth in seconds.items():
+            assert curve[rows - 1] / curve[3] == pytest.approx(truth / 0.025, rel=within), rows
+        assert model.curve(2, 200, 1)[1] < model.curve(2, 200, 1)[0]
 
 
 def test_stays_sound_over_many_steps():
@@ -331,3 +347,16 @@ def test_stats_tell_the_last_step_and_the_error():
     assert stats["step_time_predicted_seconds"] == expected and stats["step_time_measured_seconds"] == 0.0171
     assert stats["step_time_row_seconds"] == pytest.approx(0.002 + 600 * 4e-7, rel=0.3)
     assert 0.03 < stats["step_time_error"] < 0.08
+
+
+def test_a_curve_with_rows_given_is_the_rest_of_the_whole_curve() -> None:
+    model = StepTimeModel()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        rows = 4 + int(rng.integers(0, 40))
+        model.observe(StepLoad(4, rows, 400, 100 * rows), 0.02 + 0.001 * rows + (0.002 * max(rows - 16, 0)))
+    whole = model.curve(4, 400, 30)
+    assert model.curve(4, 400, 20, given=10) == pytest.approx(whole[10:], rel=1e-9)
+    assert np.array_equal(model.curve(4, 400, 30, given=0), whole)
+    with pytest.raises(ValueError, match="given >= 0 expected, got 4, 400, 30 and -1"):
+        model.curve(4, 400, 30, given=-1)

@@ -43,10 +43,12 @@ def option(
     high: float | None = None,
     choices: Iterable[str] | None = None,
     env: str | None = None,
+    kind: type | None = None,
 ) -> Any:
     """A dataclass field holding one option.
 
-    ``low`` and ``high`` are inclusive. ``env`` names an environment variable that overrides the default
+    ``low`` and ``high`` are inclusive. ``kind``: of a value where the default, None, does not tell: ``list`` (of
+    strings) or ``dict`` (of numbers by name). ``env`` names an environment variable that overrides the default
     (not an explicit setting): only for knobs that do not change what is compiled, since
     ``additional_config`` is part of vLLM's compile-cache key and the environment is not.
     """
@@ -56,6 +58,7 @@ def option(
         "high": high,
         "choices": tuple(choices) if choices is not None else None,
         "env": env,
+        "kind": kind,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -69,14 +72,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _kind(field: dataclasses.Field[Any]) -> type:
-    """The scalar type an option holds, taken from its default (annotations are strings here)."""
+    """The type an option holds, taken from its default unless said (annotations are strings here)."""
+    if field.metadata["kind"] is not None:
+        return field.metadata["kind"]  # type: ignore[no-any-return]
     return str if field.default is None else type(field.default)
+
+
+#: What is allowed of values that are not scalar.
+_CONTAINERS: dict[type, str] = {list: "a list of names", dict: "a JSON object of numbers by name"}
 
 
 def _allowed(field: dataclasses.Field[Any]) -> str:
     meta, kind = field.metadata, _kind(field)
     if meta["choices"]:
         return "one of " + ", ".join(meta["choices"])
+    if kind in _CONTAINERS:
+        return _CONTAINERS[kind]
     if kind is bool:
         return "true or false"
     low, high = meta["low"], meta["high"]
@@ -97,6 +108,10 @@ def _check(field: dataclasses.Field[Any], value: Any, where: str) -> Any:
     good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value, good = float(value), True
+    if good and kind is list:
+        good = all(isinstance(item, str) for item in value)
+    if good and kind is dict:
+        good = all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in value.values())
     meta = field.metadata
     if good and meta["choices"]:
         good = value in meta["choices"]

@@ -16,15 +16,23 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
+import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_specplug import options
+from vllm_specplug.trace.options import SECTION as TRACE
+from vllm_specplug.trace.options import TraceOptions
 
 GROUP = "vllm_specplug.proposers"
 PACKAGE = "vllm_specplug"
+#: The arm of requests that get no drafts, and another name of the server's own proposer.
+OFF, DEFAULT = "off", "default"
+# Section of AbOptions.
+_AB = "ab"
 
 # Also in this package's own entry points; kept here so that a checkout on PYTHONPATH works uninstalled.
 _BUILTIN = {
@@ -33,7 +41,7 @@ _BUILTIN = {
     "Retrieval": "vllm_specplug.proposers.retrieval:Retrieval",
     "TokenRecycling": "vllm_specplug.proposers.token_recycling:TokenRecycling",
 }
-# vLLM's own, which only draft inside another proposer: the user has them without this plugin.
+# vLLM's own, which only draft inside another proposer or as an arm: the user has them without this plugin.
 _INNER = {
     "vllm:ngram": "vllm_specplug.host.vllm_drafts:VllmNgram",
     "vllm:suffix": "vllm_specplug.host.vllm_drafts:VllmSuffix",
@@ -53,6 +61,28 @@ class GeneralOptions:
         None, "keep what is learned, earlier outputs included, in this file, and go on from it after a restart"
     )
     save_every_s: float = options.option(300.0, "seconds between saves of the state file; 0: only at the end", low=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class AbOptions:
+    """Several proposers in one server, under ``specplug.ab``; see :mod:`vllm_specplug.host.arms_in_one`."""
+
+    arms: Sequence[str] | None = options.option(
+        None,
+        "proposers held beside the server's own, for requests that name one and for the split; each takes its memory",
+        kind=list,
+    )
+    split: Mapping[str, float] | None = options.option(
+        None,
+        "share of the requests that each arm gets, by its name: a proposer that is held, off (no drafts), or default",
+        kind=dict,
+    )
+    by: str = options.option(
+        "request",
+        "tenant: the split gives all requests of a tenant to one arm; those without one are split by request",
+        choices=("request", "tenant"),
+    )
+    seed: int = options.option(0, "of the hash by which the split assigns arms", low=0, high=2**63 - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +171,8 @@ class PluginOptions:
 
     general: GeneralOptions
     sections: dict[str, Any]
+    trace: TraceOptions = TraceOptions()  # noqa: RUF009 - it is frozen
+    ab: AbOptions = AbOptions()
 
     def section(self, entry: Entry, inner: bool = False) -> Any:
         """The options of ``entry``, its defaults if the user set none: those for an ``inner`` one, if it is wrapped."""
@@ -150,11 +182,65 @@ class PluginOptions:
         return options.parse(cls.Options, cls.under_budget if inner else {}, f"{options.ROOT}.{entry.section}")
 
     def check(self, entry: Entry) -> None:
-        """Check the options of ``entry`` and of what it wraps, without building them.
+        """Check the options of ``entry``, of what it wraps, and of all arms beside it, without building them.
 
         Raises:
             options.OptionError: saying what is wrong.
         """
+        for arm in self.arms(entry).values():
+            self._check_one(arm)
+        self.split(entry)
+
+    def arms(self, entry: Entry) -> dict[str, Entry]:
+        """The proposers held by a server of ``entry``, by section name, its own first.
+
+        Raises:
+            options.OptionError: one is unknown.
+        """
+        known = {e.section: e for e in (proposers() | _inner()).values()}
+        held = {entry.section: entry}
+        for name in self.ab.arms or ():
+            if name in known:
+                held[name] = known[name]
+            elif name not in (OFF, DEFAULT):  # those are there anyway
+                raise options.OptionError(
+                    f"{options.ROOT}.ab.arms = {self.ab.arms!r} is not allowed: expected a list of names out of "
+                    f"{', '.join(sorted(known))}; {name!r} is none.{options.nearest(name, known)}"
+                )
+        return held
+
+    def arm_names(self, entry: Entry) -> dict[str, str]:
+        """What a request or the split may call an arm, and what that arm is called in metrics."""
+        return {OFF: OFF, DEFAULT: entry.section, **{name: name for name in self.arms(entry)}}
+
+    def split(self, entry: Entry) -> dict[str, float]:
+        """Share of the requests of each arm, by its name in metrics; empty if there is no split.
+
+        Raises:
+            options.OptionError: an arm is not held, a share not above 0, or they do not add up to 1.
+        """
+        if self.ab.split is None:
+            return {}
+        names, shares = self.arm_names(entry), dict[str, float]()
+        where = f"{options.ROOT}.ab.split = {dict(self.ab.split)!r} is not allowed: "
+        for name, share in self.ab.split.items():
+            if name not in names:
+                raise options.OptionError(
+                    f"{where}expected names out of {', '.join(sorted(names))}; {name!r} is none."
+                    f"{options.nearest(name, names)} {options.ROOT}.ab.arms says which proposers are held."
+                )
+            if names[name] in shares:
+                raise options.OptionError(f"{where}it names the arm {names[name]} twice.")
+            if not 0.0 < share <= 1.0:
+                raise options.OptionError(f"{where}expected shares above 0 and up to 1, {name!r} has {share!r}.")
+            shares[names[name]] = float(share)
+        if not abs(math.fsum(shares.values()) - 1.0) <= 1e-6:
+            raise options.OptionError(
+                f"{where}expected shares that add up to 1, these make {math.fsum(shares.values()):g}."
+            )
+        return shares
+
+    def _check_one(self, entry: Entry) -> None:
         section = self.section(entry)
         if getattr(entry.load(), "wraps", False):
             inner = self._inner_of(entry, section)
@@ -190,11 +276,15 @@ def parse_options(additional_config: Any) -> PluginOptions:
     by_section = {entry.section: entry for entry in (proposers() | _inner()).values()}
     general_names = GeneralOptions.__dataclass_fields__
     sections = {}
+    trace = options.parse(TraceOptions, data.get(TRACE, {}), f"{options.ROOT}.{TRACE}")
+    ab = options.parse(AbOptions, data.get(_AB, {}), f"{options.ROOT}.{_AB}")
     for key, value in data.items():
+        if key in (TRACE, _AB):
+            continue
         if key in by_section:
             sections[key] = options.parse(by_section[key].load().Options, value, f"{options.ROOT}.{key}")
         elif key not in general_names:
-            known = [*general_names, *by_section]
+            known = [*general_names, TRACE, _AB, *by_section]
             raise options.OptionError(
                 f"unknown option {options.ROOT}.{key}.{options.nearest(key, known)} Allowed under "
                 f"{options.ROOT}: {', '.join(sorted(known))}."
@@ -202,7 +292,7 @@ def parse_options(additional_config: Any) -> PluginOptions:
     general = options.parse(GeneralOptions, {k: v for k, v in data.items() if k in general_names}, options.ROOT)
     if any(name.startswith(options.ENV_PREFIX) for name in os.environ):  # it imports every proposer
         options.check_environment(info.env for info in option_tree())
-    return PluginOptions(general, sections)
+    return PluginOptions(general, sections, trace, ab)
 
 
 def option_tree() -> list[options.OptionInfo]:
@@ -212,6 +302,8 @@ def option_tree() -> list[options.OptionInfo]:
     names it.
     """
     rows = options.describe(GeneralOptions, options.ROOT)
+    rows += options.describe(TraceOptions, f"{options.ROOT}.{TRACE}")
+    rows += options.describe(AbOptions, f"{options.ROOT}.{_AB}")
     for entry in (proposers() | _inner()).values():
         with contextlib.suppress(options.OptionError):
             rows += options.describe(entry.load().Options, f"{options.ROOT}.{entry.section}")

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console(highlight=False)
-    directory = args.model or _default_model()
+    directory = args.model or model.default_dir()
     if not model.is_exported(directory):
         with console.status("Exporting the embedded model (about 20 s)"):
             model.export(directory)
@@ -87,14 +86,6 @@ def load_workload(quick: bool = False) -> list[dict[str, str]]:
     if quick:
         rows = list({row["task"]: row for row in reversed(rows)}.values())[::-1]
     return rows
-
-
-def _default_model() -> Path:
-    """The checkout's export if run there, else the user's cache."""
-    if model.is_exported(model.DEFAULT_DIR):
-        return model.DEFAULT_DIR
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "specplug" / model.DEFAULT_DIR.name
 
 
 def _measure(

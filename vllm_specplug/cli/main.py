@@ -9,10 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import demo, doctor, model, options, stats
+from . import ab, demo, doctor, model, options, stats, trace
 from .common import CommandError, installed_version
 
-COMMANDS = (demo, doctor, options, stats, model)
+COMMANDS = (ab, demo, doctor, options, stats, trace, model)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -57,6 +57,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def default_dir() -> Path:
+    """Where the export is, or would be, if the user names no place: the checkout's if run there, else their cache."""
+    if is_exported(DEFAULT_DIR):
+        return DEFAULT_DIR
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "specplug" / DEFAULT_DIR.name
+
+
 def is_exported(directory: Path) -> bool:
     """Whether ``directory`` holds a finished export. The export is moved into place whole, so its parts suffice."""
     return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))

@@ -28,7 +28,7 @@ from .common import CommandError, add_json_flag, describe_error
 
 TIMEOUT_S = 10.0
 #: Labels that tell samples of one family and engine apart; the others name the engine.
-_DETAILS = frozenset({"source", "depth", "reason", "phase", "name", "path"})
+_DETAILS = frozenset({"source", "depth", "reason", "phase", "name", "path", "arm"})
 _COUNTS = ("drafted", "verified", "accepted")
 
 
@@ -113,7 +113,8 @@ def _engines(text: str, address: str) -> list[dict[str, Any]]:
 
 
 def _engine(labels: dict[str, str], samples: Iterable[Any]) -> dict[str, Any]:
-    """One engine's samples as a document; figures without further labels under ``totals``, by name."""
+    """One engine's samples as a document; figures without further labels under ``totals``, those of an arm under
+    ``arms``, by name."""
     engine: dict[str, Any] = {"labels": labels, "snapshots": "", "totals": {}, "sources": {}}
     for sample in samples:
         name = sample.name.removeprefix(metrics.PREFIX).removesuffix("_total")
@@ -125,6 +126,9 @@ def _engine(labels: dict[str, str], samples: Iterable[Any]) -> dict[str, Any]:
             depths = engine["sources"].setdefault(details["source"], {})
             counts = depths.setdefault(details.get("depth", ""), dict.fromkeys(_COUNTS, 0))
             counts[name.removesuffix("_tokens")] = value
+        elif "arm" in details:
+            arm = engine.setdefault("arms", {}).setdefault(details["arm"], {})
+            arm[name.removeprefix("arm_")] = value
         elif details:
             engine.setdefault(name, {})[",".join(details.values())] = value
         else:
@@ -177,6 +181,8 @@ def _print(document: dict[str, Any], clear: bool) -> None:
         console.print(_totals_table(engine))
         if engine["sources"]:
             console.print(_acceptance_table(engine["sources"]))
+        if "arms" in engine:
+            console.print(_arms_table(engine["arms"]))
     if "requests" in document:
         console.print(_requests_table(document["requests"]))
 
@@ -246,6 +252,25 @@ def _acceptance_table(sources: dict[str, dict[str, dict[str, int]]]) -> Any:
             cells.append(_sum(by_depth[depth] for depth in deep if depth in by_depth))
         shares = ["" if cell is None else _share(cell["accepted"], cell["verified"]) or "" for cell in (whole, *cells)]
         table.add_row(name, _count(whole["verified"]), *shares)
+    return table
+
+
+def _arms_table(arms: dict[str, dict[str, float]]) -> Any:
+    """A row per arm of the server. Arms share steps: a step is as long for all requests in it, whoever drafted."""
+    columns = ("requests", "tokens", "per step", "ms/token", "verified", "accepted of it")
+    table = _table("Arms", "arm", *columns)
+    for name, arm in arms.items():
+        steps, tokens = arm.get("decode_steps", 0), arm.get("decode_tokens", 0)
+        verified = arm.get("verified_tokens", 0)
+        table.add_row(
+            name,
+            _count(arm.get("requests", 0)),
+            _count(arm.get("emitted_tokens", 0)),
+            f"{tokens / steps:.2f}" if steps else "",
+            f"{1000 * arm.get('decode_seconds', 0) / tokens:.2f}" if tokens else "",
+            _count(verified),
+            _share(arm.get("accepted_tokens", 0), verified) or "",
+        )
     return table
 
 

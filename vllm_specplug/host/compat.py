@@ -62,7 +62,7 @@ SYMBOLS = (
     Symbol(
         "vllm.engine.arg_utils",
         "EngineArgs",
-        ("speculative_config", "spec_model", "spec_tokens", "additional_config"),
+        ("speculative_config", "spec_model", "spec_tokens", "additional_config", "distributed_executor_backend"),
         "checking options at start",
     ),
     Symbol("vllm.v1.spec_decode.custom_class_proposer", "create_custom_proposer", ("vllm_config",), "proposers"),
@@ -106,7 +106,10 @@ SYMBOLS = (
     ),
     Symbol("vllm.v1.sample.logits_processor", "BUILTIN_LOGITS_PROCESSORS", (), "min_p and logit_bias"),
     Symbol(
-        "vllm.sampling_params", "SamplingParams._validate_spec_decode", ("speculative_config",), "min_p and logit_bias"
+        "vllm.sampling_params",
+        "SamplingParams._validate_spec_decode",
+        ("speculative_config",),
+        "min_p, logit_bias, arms",
     ),
     Symbol(
         "vllm.v1.worker.gpu_input_batch",
@@ -118,9 +121,10 @@ SYMBOLS = (
     Symbol(
         "vllm.v1.core.sched.output",
         "SchedulerOutput",
-        ("finished_req_ids", "scheduled_spec_decode_tokens"),
-        "freeing ended requests, draft trees",
+        ("finished_req_ids", "scheduled_new_reqs", "scheduled_spec_decode_tokens"),
+        "request lifetimes, draft trees",
     ),
+    Symbol("vllm.v1.core.sched.output", "NewRequestData", ("req_id", "sampling_params"), "arms"),
     Symbol("vllm.v1.spec_decode.metadata", "SpecDecodeMetadata", ("num_draft_tokens", "draft_token_ids"), "acceptance"),
     *(
         Symbol(module, name, needs, "draft trees on CPUs", required=False)

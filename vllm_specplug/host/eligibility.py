@@ -1,8 +1,14 @@
-"""Which drafts a request's sampling parameters allow. Everything not named here is verified exactly on any tree."""
+"""What a request says of its drafts: which ones its sampling parameters allow, and what its ``vllm_xargs`` ask for.
+
+Of the sampling parameters, everything not named here is verified exactly on any tree.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Literal
+
+#: Request-body field (``vllm_xargs``) that says what drafts for the request, see :mod:`.arms_in_one`.
+ARM_ARG = "specplug"
 
 #: Shapes of drafts a request may get.
 Shape = Literal["tree", "chain", "none"]

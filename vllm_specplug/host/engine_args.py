@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_specplug import options, registry
 from vllm_specplug.host import compat, metrics, numba_guard, patching, sampling_params
+from vllm_specplug.trace import options as trace_options
 
 #: Older spellings of vLLM's own flags, still in many launch scripts: flag -> (current flag, destination, type).
 OLDER_FLAGS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
@@ -87,16 +88,22 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Check the plugin's settings before any engine is built. Every entry point, ``LLM`` included, comes
         through here; vLLM's own settings are left to vLLM."""
-        check(self)
+        arms = check(self)
         sampling_params.install_front()
         numba_guard.protect()  # check() may have imported numba, and so may an earlier engine of this process
-        return original(self, *args, **kwargs)
+        config = original(self, *args, **kwargs)
+        if arms:
+            sampling_params.allow_arms(config.speculative_config, arms)
+        return config
 
     return create_engine_config
 
 
-def check(engine_args: Any) -> None:
+def check(engine_args: Any) -> list[str]:
     """Check everything the user said to this plugin.
+
+    Returns:
+        What requests may name as their arm; empty if no proposer of ours is selected.
 
     Raises:
         options.OptionError: an unknown proposer, an option or a draft length that is not allowed.
@@ -115,7 +122,7 @@ def check(engine_args: Any) -> None:
                 f"additional_config has options under '{options.ROOT}' but no proposer of {registry.PACKAGE} is "
                 f"selected: add --spec-model {registry.PACKAGE}.{next(iter(registry.proposers()))} --spec-tokens K"
             )
-        return
+        return []
     entry = registry.find(str(model).removeprefix(registry.PACKAGE).removeprefix("."))
     tokens = config.get("num_speculative_tokens", engine_args.spec_tokens)
     where = "num_speculative_tokens (--spec-tokens)"
@@ -135,11 +142,18 @@ def check(engine_args: Any) -> None:
         )
     user = registry.parse_options(additional)
     user.check(entry)
+    if user.ab.split and str(engine_args.distributed_executor_backend) == "external_launcher":
+        raise options.OptionError(
+            f"{options.ROOT}.ab.split is not allowed with --distributed-executor-backend external_launcher: every rank "
+            "names requests differently, and would assign them to different arms. Name the arm in each request."
+        )
     _prepare_state_file(user.general.state_file)
+    _prepare_trace(user.trace)
     metrics.install_front(engine_args)
     warning = compat.require()
     if warning:
         _warn_once(warning)
+    return list(user.arm_names(entry))
 
 
 def _prepare_state_file(path: str | None) -> None:
@@ -151,6 +165,16 @@ def _prepare_state_file(path: str | None) -> None:
     state_file.check_path(path)
     if not state_file.install_front():
         _warn_once(f"this vLLM ends engines without notice: {path} is saved every save_every_s seconds only")
+
+
+def _prepare_trace(trace: trace_options.TraceOptions) -> None:
+    """Check where requests are to be recorded, and see to it that a server that ends has the time to write the last."""
+    if trace.dir is None:
+        return
+    from vllm_specplug.host import state_file
+
+    trace_options.check(trace)
+    state_file.install_front()
 
 
 def _warn_once(message: str) -> None:

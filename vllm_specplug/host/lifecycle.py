@@ -20,7 +20,7 @@ import numpy as np
 from vllm_specplug.host.draft_counts import DraftCounts, accepted_nodes
 from vllm_specplug.host.forests import KeptTree, read_forest
 from vllm_specplug.host.metrics import Snapshot
-from vllm_specplug.proposers.base import Int32Array, Proposer, Request, StepLoad, StepResult
+from vllm_specplug.proposers.base import NO_OTHERS, Int32Array, Others, Proposer, Request, StepLoad, StepResult
 
 logger = logging.getLogger("vllm.specplug")
 
@@ -33,7 +33,13 @@ Admit = Callable[[int, str, int], Request]
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the proposer was built; times in nanoseconds."""
+    """Totals since the proposer was built; times in nanoseconds if their names do not say otherwise.
+
+    ``decode_steps`` counts each step whose time is known once for every request that emitted in it, but for the step
+    that ended the request's prompt; ``decode_tokens``: emitted in these; ``decode_seconds``: what they took, also once
+    for every request. So tokens over steps are the mean acceptance length, seconds over tokens the time per output
+    token.
+    """
 
     steps: int = 0
     drafted: int = 0
@@ -47,9 +53,19 @@ class Counters:
     requests_with_chains_only: int = 0
     resynchronised: int = 0
     slept: int = 0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
     observe_ns: int = 0
     propose_ns: int = 0
     admit_ns: int = 0
+
+    def decoded(self, requests: int, tokens: int, seconds: float) -> None:
+        """Count a step of ``seconds``, NaN if unknown, in which ``requests`` after their first emitted ``tokens``."""
+        if seconds == seconds:
+            self.decode_steps += requests
+            self.decode_tokens += tokens
+            self.decode_seconds += requests * seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +82,7 @@ class Rows:
         topk: ``(row_tokens, row_offsets, row_parents, ids, logprobs)`` as in :class:`StepResult`, or None.
         load, seconds, overhead: as in :class:`StepResult`.
         paths: ``int32[n, W]``: the row, among its request's, that emitted each token; None if all drafts were chains.
+        others: what the step had for requests that are not among these.
     """
 
     rows: Int32Array
@@ -79,6 +96,7 @@ class Rows:
     seconds: float = math.nan
     overhead: float = math.nan
     paths: np.ndarray | None = None
+    others: Others = NO_OTHERS
 
 
 @dataclass(slots=True)
@@ -135,17 +153,20 @@ class Lifecycle:
         """Requests with state."""
         return len(self._slots.of)
 
-    def asleep(self, request_ids: Sequence[str], emitted: Sequence[list[int]]) -> bool:
+    def asleep(self, request_ids: Sequence[str], emitted: Sequence[list[int]], seconds: float = math.nan) -> bool:
         """Whether this step, in which each of these requests emitted tokens, needs no :meth:`step`: the proposer
-        sleeps, and is shown these tokens when it wakes. To be asked once per step; the arguments are kept."""
+        sleeps, and is shown these tokens when it wakes. To be asked once per step; the arguments are kept.
+        ``seconds``: as in :class:`StepResult`."""
         slots = self._slots.of
+        known = [len(new) for i, new in zip(request_ids, emitted, strict=True) if i in slots]
         try:
-            asleep = self.proposer.asleep(len(request_ids), sum(i not in slots for i in request_ids))
+            asleep = self.proposer.asleep(len(request_ids), len(request_ids) - len(known))
         except Exception:
             self._failed("asleep")
             return False
         if asleep:
             self.counters.slept += 1
+            self.counters.decoded(len(known), sum(known), seconds)
             self._held.append((request_ids, emitted))
         return asleep
 
@@ -182,6 +203,7 @@ class Lifecycle:
             for request_id in batch.ids:
                 self.trees.pop(request_id, None)
         counters.steps += 1
+        self.proposer.others = batch.others
         n = len(batch.ids)
         slot_of = slots.of
         slot = np.fromiter((slot_of.get(i, -1) for i in batch.ids), np.int32, n)
@@ -190,6 +212,7 @@ class Lifecycle:
         counters.verified += int(batch.drafted.sum())
         counters.accepted += int(np.minimum(batch.drafted, lengths - 1).sum())
         seen = slot >= 0
+        counters.decoded(int(seen.sum()), int(lengths[seen].sum()), batch.seconds)
         # A step the proposer was not shown (it can happen when an engine feature bypasses drafting) leaves it
         # behind the engine; such a request is admitted anew with all its tokens.
         behind = seen & (slots.known[slot] + lengths != batch.totals)
@@ -237,13 +260,18 @@ class Lifecycle:
     def stats(self) -> dict[str, float]:
         """Counters, and the proposer's own under its name."""
         own = {name: float(getattr(self.counters, name)) for name in Counters.__dataclass_fields__}
-        return own | {"live": float(self.live)} | {f"{self.proposer.name}.{k}": v for k, v in self._own_stats().items()}
+        return (
+            own
+            | {"live": float(self.live)}
+            | {f"{self.proposer.name}.{k}": v for k, v in self.proposer_stats().items()}
+        )
 
     def snapshot(self, more: Mapping[str, float]) -> Snapshot:
         """Everything, ``more`` included, for metrics."""
         return self.counts.snapshot({**self.stats(), **more}, self._slots.of)
 
-    def _own_stats(self) -> dict[str, float]:
+    def proposer_stats(self) -> dict[str, float]:
+        """The proposer's own counters and sizes; nothing if it fails to say."""
         try:
             return self.proposer.stats()
         except Exception:
@@ -286,7 +314,7 @@ class Lifecycle:
         if not keep.all():
             emitted = [tokens for tokens, k in zip(emitted, keep, strict=True) if k]
             if topk is not None:
-                topk = _select_rows(topk, keep)
+                topk = select_rows(topk, keep)
         lengths, drafted = lengths[keep], batch.drafted[keep]
         row_tokens, row_offsets, row_parents, topk_ids, topk_logprobs = topk or (None,) * 5
         return StepResult(
@@ -371,14 +399,21 @@ class Lifecycle:
             )
 
 
+def sample_group(request_id: str) -> str | None:
+    """What the samples of one ``n > 1`` request share: vLLM names them ``<index>_<parent id>``
+    (v1/engine/parallel_sampling.py)."""
+    index, _, parent = request_id.partition("_")
+    return parent if parent and index.isdecimal() else None
+
+
 def _offsets(lengths: Int32Array) -> Int32Array:
     out = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=out[1:])
     return out
 
 
-def _select_rows(topk: TopK, keep: np.ndarray) -> TopK:
-    """The verified rows of the requests in ``keep``."""
+def select_rows(topk: TopK, keep: np.ndarray) -> TopK:
+    """The verified rows of the requests in ``keep`` (``bool[n]``)."""
     row_tokens, row_offsets, row_parents, ids, logprobs = topk
     sizes = np.diff(row_offsets)
     rows = np.repeat(keep, sizes)
@@ -393,7 +428,7 @@ def _one(step: StepResult, i: int) -> StepResult:
     topk: TopK = (None,) * 5
     if step.row_offsets is not None:
         rows = (step.row_tokens, step.row_offsets, step.row_parents, step.topk_ids, step.topk_logprobs)
-        topk = _select_rows(rows, keep)
+        topk = select_rows(rows, keep)
     return StepResult(
         step.slots[keep],
         step.tokens[a:b],

@@ -133,9 +133,22 @@ _FAMILIES = {
     "store_bytes": _Family("gauge", "Memory of the store of earlier outputs."),
     "table_bytes": _Family("gauge", "Memory of the recycling table."),
     "context_bytes": _Family("gauge", "Memory of live requests' text and its index."),
+    "arm_requests": _Family("counter", "Requests, by arm."),
+    "arm_drafted_tokens": _Family("counter", "Draft tokens given to the engine, by arm."),
+    "arm_verified_tokens": _Family("counter", "Draft tokens verified by the target model, by arm."),
+    "arm_accepted_tokens": _Family("counter", "Draft tokens accepted, by arm."),
+    "arm_emitted_tokens": _Family("counter", "Tokens emitted, by arm."),
+    "arm_errors": _Family("counter", "Exceptions of the arm's proposer."),
+    "arm_decode_steps": _Family(
+        "counter", "Timed steps of requests after their prompt, each request's counted, by arm."
+    ),
+    "arm_decode_tokens": _Family("counter", "Tokens emitted in these steps, by arm."),
+    "arm_decode_seconds": _Family("counter", "Time of these steps, whole for each request in them, by arm."),
+    "arm_unknown_requests": _Family("counter", "Requests that named no arm of the server and got the default."),
     "stat": _Family("gauge", "Other statistics, by name."),
     "snapshot_timestamp_seconds": _Family("gauge", "When the engine wrote these figures; it does not while idle."),
     "snapshot_info": _Family("gauge", "Where the figures come from, on the server's machine."),
+    "trace_info": _Family("gauge", "Where finished requests are recorded, on the server's machine."),
 }
 
 #: Families of the host's totals, and of those under a proposer's name: label and scale.
@@ -149,6 +162,19 @@ _HOST_TOTALS: dict[str, tuple[str, dict[str, str], float]] = {
     "observe_ns": ("drafting_seconds", {"phase": "observe"}, 1e-9),
     "propose_ns": ("drafting_seconds", {"phase": "propose"}, 1e-9),
     "admit_ns": ("drafting_seconds", {"phase": "admit"}, 1e-9),
+    "arm_unknown_requests": ("arm_unknown_requests", {}, 1.0),
+}
+#: Families of totals named ``arm.<arm>.<key>``; those named ``arm_stat.<arm>.<key>`` are of :data:`_PROPOSER_TOTALS`.
+_ARM_TOTALS = {
+    "requests": "arm_requests",
+    "drafted": "arm_drafted_tokens",
+    "verified": "arm_verified_tokens",
+    "accepted": "arm_accepted_tokens",
+    "emitted": "arm_emitted_tokens",
+    "errors": "arm_errors",
+    "decode_steps": "arm_decode_steps",
+    "decode_tokens": "arm_decode_tokens",
+    "decode_seconds": "arm_decode_seconds",
 }
 _PROPOSER_TOTALS = {
     "paused_steps": "paused_steps",
@@ -308,9 +334,18 @@ def _samples(snapshot: Snapshot) -> Iterator[tuple[str, dict[str, str], float]]:
                     yield family, {"source": source, "depth": _depth(depth, len(by_depth))}, count
     for name, value in snapshot.totals.items():
         first, _, rest = name.partition(".")
-        if not rest and first in _HOST_TOTALS:
+        arm, _, key = rest.partition(".")
+        if first == "arm" and key in _ARM_TOTALS:
+            yield _ARM_TOTALS[key], {"arm": arm}, value
+        elif first == "arm_stat" and key in _PROPOSER_TOTALS:
+            yield _PROPOSER_TOTALS[key], {"arm": arm}, value
+        elif first == "arm_stat":
+            yield "stat", {"name": rest}, value
+        elif not rest and first in _HOST_TOTALS:
             family, labels, scale = _HOST_TOTALS[first]
             yield family, labels, value * scale
+        elif first == "trace_info":
+            yield "trace_info", {"path": rest}, value
         elif rest and first in _REASONS:
             yield _REASONS[first], {"reason": rest}, value
         elif rest in _PROPOSER_TOTALS:

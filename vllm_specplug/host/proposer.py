@@ -24,13 +24,16 @@ from vllm_specplug.host import (
     eligibility,
     forests,
     metrics,
+    recording,
     runner,
     sampling_params,
     state_file,
     tree_plan,
     verification,
 )
-from vllm_specplug.host.lifecycle import Lifecycle, Rows, TopK
+from vllm_specplug.host.arms_in_one import ArmChoice, Arms
+from vllm_specplug.host.engine_requests import data_parallel_index, most_tokens, namespace_of, tokens_of
+from vllm_specplug.host.lifecycle import Lifecycle, Rows, TopK, sample_group
 from vllm_specplug.host.step_clock import StepClock, load_of, probe
 from vllm_specplug.host.trees import TreeHost
 from vllm_specplug.kernels.logits_topk import LogitsTopK
@@ -39,12 +42,15 @@ from vllm_specplug.proposers.base import Int32Array, Request
 
 logger = logging.getLogger("vllm.specplug")
 
-#: Request-body field (``vllm_xargs``) naming the tenant whose learned state a request may share.
-TENANT_ARG = "specplug_tenant"
-
 
 class HostProposer:
-    """One proposer inside one vLLM worker. Subclasses are made by :func:`host_class`, one per registry entry."""
+    """One proposer inside one vLLM worker, and the arms beside it. Subclasses are made by :func:`host_class`, one per
+    registry entry.
+
+    Attributes:
+        arms: every proposer of the worker, and which requests are whose.
+        lifecycle: of the server's own proposer, one of the arms.
+    """
 
     is_specplug = True
     entry: registry.Entry
@@ -64,12 +70,13 @@ class HostProposer:
         self.max_draft_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
         self.max_model_len = int(vllm_config.model_config.max_model_len)
         self._dtype = vllm_config.model_config.dtype
-        proposer = user.build(self.entry)
-        self.lifecycle = Lifecycle(proposer, int(vllm_config.model_config.get_vocab_size()), self.max_model_len)
+        self.arms = self._make_arms(user, int(vllm_config.model_config.get_vocab_size()))
+        self.lifecycle = self.arms.default
         self._drafts = user.general.enabled and _reports_to_scheduler(vllm_config.parallel_config)
         # Before the model's layers are made, which is when they choose their attention.
         self.trees = TreeHost(vllm_config, self._drafts, user.general.enabled)
-        self._read_topk = LogitsTopK(proposer.topk)
+        self._recording = self._make_recording(vllm_config, user)
+        self._read_topk = LogitsTopK(max(self.arms.topk, self._recording.topk if self._recording else 0))
         self._topk: tuple[np.ndarray, np.ndarray] | None = None
         self._discarded: dict[int, torch.Tensor] = {}
         self._clock = StepClock()
@@ -82,6 +89,15 @@ class HostProposer:
         self._restricted: collections.Counter[str] = collections.Counter()
         self._publisher = self._make_publisher(vllm_config) if self._drafts else None
 
+    def _make_arms(self, user: registry.PluginOptions, vocab_size: int) -> Arms:
+        lifecycles = {
+            name: Lifecycle(user.build(entry), vocab_size, self.max_model_len)
+            for name, entry in user.arms(self.entry).items()
+        }
+        shares = user.split(self.entry)
+        names, own = user.arm_names(self.entry), self.entry.section
+        return Arms(lifecycles, ArmChoice(names, own, shares, user.ab.by, user.ab.seed), shown=bool(shares))
+
     def load_model(self, target_model: Any) -> None:
         """Called once by the runner after it has loaded the target model: compile before the first request."""
         self.trees.on_model_loaded()
@@ -90,39 +106,49 @@ class HostProposer:
         start = time.perf_counter()
         forests.warm_up()
         self.lifecycle.counts.warm_up()
-        self.lifecycle.proposer.warm_up()
+        for proposer in self.arms.proposers:
+            proposer.warm_up()
         verification.warm_up()
-        if self.lifecycle.proposer.wants_topk:
+        if self.arms.wants_topk:
             self._read_topk(torch.zeros((1, 64), dtype=self._dtype))
             one = np.ones(1, np.int32)
             tree_plan.gather_rows(one, one * 0, np.zeros(1, np.int64), one, None)
         if self._keeper is not None:
-            self._keeper.resume(self.lifecycle.proposer.restore)
-        logger.info(
-            "vllm-specplug: proposer %s is ready (at most %d draft tokens per request and step, warm-up %.1f s).%s",
-            self.lifecycle.proposer.name,
-            self.max_draft_tokens,
-            time.perf_counter() - start,
-            "" if self.lifecycle.proposer.lossless else " Its output is APPROXIMATE, as asked for by name.",
-        )
+            self._keeper.resume(self.arms.restore)
+        for proposer in self.arms.proposers:
+            logger.info(
+                "vllm-specplug: proposer %s is ready (at most %d draft tokens per request and step, warm-up %.1f s).%s",
+                proposer.name,
+                self.max_draft_tokens,
+                time.perf_counter() - start,
+                "" if proposer.lossless else " Its output is APPROXIMATE, as asked for by name.",
+            )
 
     def _make_keeper(self, vllm_config: Any, general: registry.GeneralOptions) -> state_file.StateKeeper | None:
         if general.state_file is None:
             return None
-        path = state_file.path_for(general.state_file, _data_parallel_index(vllm_config))
-        proposer = self.lifecycle.proposer
-        identity = state_file.identity_of(vllm_config, proposer.name)
-        return state_file.StateKeeper(path, identity, proposer.state, general.save_every_s)
+        path = state_file.path_for(general.state_file, data_parallel_index(vllm_config))
+        identity = state_file.identity_of(vllm_config, self.lifecycle.proposer.name)
+        return state_file.StateKeeper(path, identity, self.arms.state, general.save_every_s)
 
     def _make_publisher(self, vllm_config: Any) -> metrics.Publisher:
         labels = {
             "proposer": self.lifecycle.proposer.name,
-            "engine": str(_data_parallel_index(vllm_config)),
+            "engine": str(data_parallel_index(vllm_config)),
         }
-        return metrics.Publisher(labels, lambda: self.lifecycle.snapshot(self._own_stats()))
+        return metrics.Publisher(labels, lambda: self.arms.snapshot(self._own_stats()))
+
+    def _make_recording(self, vllm_config: Any, user: registry.PluginOptions) -> recording.Recording | None:
+        if user.trace.dir is None or not _reports_to_scheduler(vllm_config.parallel_config):
+            return None
+        facts = {"draft_tokens": self.max_draft_tokens, "vllm": compat.vllm_version()}
+        proposer = self.entry.name if self._drafts else "none"
+        return recording.Recording(vllm_config, user.trace, proposer, facts, lambda: self.trees.available)
 
     def close(self) -> None:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
+        if self._recording is not None:
+            self._recording.close()
         if self._publisher is not None:
             self._publisher.close()
         if self._keeper is not None:
@@ -143,10 +169,8 @@ class HostProposer:
     def _probe(self, runner: Any) -> None:
         """Time steps of a few sizes, where the proposer has use for it. On CPUs, where the model has been compiled and
         warmed up by now; elsewhere its graphs are captured later, and times are learned from requests alone."""
-        proposer = self.lifecycle.proposer
-        if self._probed or not self._wanted or not isinstance(proposer, AdaptiveLength):
-            return
-        if not proposer.options.start_probe:
+        budgeted = [p for p in self.arms.proposers if isinstance(p, AdaptiveLength) and p.options.start_probe]
+        if self._probed or not self._wanted or not budgeted:
             return
         from vllm.platforms import current_platform
 
@@ -159,7 +183,8 @@ class HostProposer:
         except Exception:
             logger.warning("vllm-specplug: timing steps at start failed; their times are learned later.", exc_info=True)
             return
-        proposer.times.prime(loads, seconds)
+        for proposer in budgeted:
+            proposer.times.prime(loads, seconds)
         logger.info("vllm-specplug: timed steps of %d sizes in %.1f s.", len(loads), time.perf_counter() - start)
 
     def on_inputs(
@@ -167,8 +192,7 @@ class HostProposer:
     ) -> None:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
         self._clock.forward()
-        kept = self.lifecycle.trees
-        self.trees.begin(runner, scheduler_output, num_scheduled_tokens, spec_decode_metadata, kept)
+        self.trees.begin(runner, scheduler_output, num_scheduled_tokens, spec_decode_metadata, self.arms.trees)
 
     def row_parents(self, runner: Any, spec_decode_metadata: Any) -> Int32Array | None:
         """``int32[R]`` parent of each verified row among its request's rows (-1 for its last token), in order of the
@@ -181,17 +205,22 @@ class HostProposer:
 
     def stats(self) -> dict[str, float]:
         """Every counter, by name."""
-        return self.lifecycle.stats() | self._own_stats()
+        return self.arms.stats() | self._own_stats()
 
     def _own_stats(self) -> dict[str, float]:
-        return self.trees.stats() | {name: float(count) for name, count in self._restricted.items()}
+        recorded = {} if self._recording is None else self._recording.stats()
+        return self.trees.stats() | {name: float(count) for name, count in self._restricted.items()} | recorded
 
     def on_states_updated(self, scheduler_output: Any) -> None:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
         if scheduler_output.finished_req_ids:
-            self.lifecycle.end(list(scheduler_output.finished_req_ids))
-            if self._publisher is not None and not self.lifecycle.live:
+            if self._recording is not None:
+                self._recording.end(scheduler_output.finished_req_ids)
+            self.arms.end(list(scheduler_output.finished_req_ids))
+            if self._publisher is not None and not self.arms.live:
                 self._publisher.publish()  # no step may come for long
+        for new in scheduler_output.scheduled_new_reqs if self._drafts else ():
+            self.arms.begin(new.req_id, getattr(new.sampling_params, "extra_args", None))
 
     def verify(self, runner: Any, logits: Any, spec_decode_metadata: Any, original: Callable[..., Any]) -> Any:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
@@ -215,22 +244,34 @@ class HostProposer:
         return cpu_sampling.taking_back(runner, self._discarded)
 
     def _keep_topk(self, logits: Any) -> None:
-        """Keep the target's top-k of every verified row, where the proposer asks for it."""
-        if not self._drafts or self._resting or logits is None or not self.lifecycle.proposer.wants_topk:
+        """Keep the target's top-k of every verified row, where a proposer or the recorder asks for it."""
+        wanted = self._drafts and not self._resting and self.arms.wants_topk
+        if logits is None or not (wanted or (self._recording is not None and self._recording.topk)):
             return
         start = self._clock.read()
         self._topk = self._read_topk(logits)
-        self._clock.spent(start)
+        if wanted:
+            self._clock.spent(start)
 
     def draft(
         self, runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]], spec_decode_metadata: Any
     ) -> list[list[int]]:
         """One step: what the target emitted in, drafts for the next step out, both by batch row."""
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        seconds = self._clock.lap()
+        paths, self._paths = self._paths, None
+        verified = np.zeros(len(sampled_token_ids), np.int32)
+        if spec_decode_metadata is not None:
+            verified[:] = spec_decode_metadata.num_draft_tokens[: len(sampled_token_ids)]
+        if self._recording is not None:
+            counters, paused = self.arms.counters, self._resting or not self._drafts
+            overhead = self._clock.counted()
+            self._recording.step(
+                runner, sampled_token_ids, verified, self._topk, paths, seconds, overhead, counters, paused
+            )
         if not self._drafts:
             return drafts
-        start, seconds = self._clock.read(), self._clock.lap()
-        paths, self._paths = self._paths, None
+        start = self._clock.read()
         if self._keeper is not None:
             self._keeper.tick(time.monotonic())
         if self._publisher is not None:
@@ -241,14 +282,11 @@ class HostProposer:
             return drafts
         ids = [batch.req_ids[i] for i in rows]
         emitted = [sampled_token_ids[i] for i in rows]
-        was_resting, self._resting = self._resting, self.lifecycle.asleep(ids, emitted)
+        was_resting, self._resting = self._resting, self.arms.asleep(ids, emitted, seconds)
         if self._resting:
             self._topk = None
             return drafts
         index = np.array(rows, np.int32)
-        verified = np.zeros(len(sampled_token_ids), np.int32)
-        if spec_decode_metadata is not None:
-            verified[:] = spec_decode_metadata.num_draft_tokens[: len(sampled_token_ids)]
         totals = batch.num_tokens_no_spec[index].astype(np.int32)
         asked = getattr(scheduler_output, "num_spec_tokens_to_schedule", self.max_draft_tokens)
         limit = self.max_draft_tokens if asked is None else min(self.max_draft_tokens, int(asked))
@@ -266,7 +304,7 @@ class HostProposer:
             overhead=math.nan if was_resting else overhead,
             paths=None if paths is None else paths[index],
         )
-        found = self.lifecycle.step(step, lambda row, rid, slot: self._request(runner, row, rid, slot))
+        found = self.arms.step(step, lambda arm, row, rid, slot: self._request(runner, arm, row, rid, slot))
         for row, tokens in zip(rows, found, strict=True):
             drafts[row] = tokens
         self._clock.spent(start)
@@ -285,6 +323,10 @@ class HostProposer:
         if self._topk is None:
             return None
         (ids, logprobs), self._topk = self._topk, None
+        if not self.arms.wants_topk:
+            return None
+        if ids.shape[1] > self.arms.topk:  # the recorder wants more
+            ids, logprobs = (np.ascontiguousarray(x[:, : self.arms.topk]) for x in (ids, logprobs))
         drafted = tree_plan.NO_DRAFTS
         if spec_decode_metadata is not None:
             drafted = spec_decode_metadata.draft_token_ids.cpu().numpy().astype(np.int64)
@@ -300,56 +342,30 @@ class HostProposer:
             ids, logprobs = ids[rows], logprobs[rows]
         return tokens, offsets, parents, ids, logprobs
 
-    def _request(self, runner: Any, row: int, request_id: str, slot: int) -> Request:
-        """The engine's request in ``row``, with every token it holds now."""
+    def _request(self, runner: Any, arm: Lifecycle, row: int, request_id: str, slot: int) -> Request:
+        """The engine's request in ``row``, with every token it holds now, for its arm."""
         state = runner.requests[request_id]
-        total = int(runner.input_batch.num_tokens_no_spec[row])
-        tokens = runner.input_batch.token_ids_cpu[row, :total].astype(np.int32)
-        num_output = len(state.output_token_ids)
-        if state.prompt_token_ids is None:  # prompt embeddings: there are no ids
-            tokens[: total - num_output] = -1
-        for feature in state.mm_features or ():
-            tokens[feature.mm_position.offset : feature.mm_position.offset + feature.mm_position.length] = -1
+        tokens, num_output = tokens_of(runner, row, request_id)
         params = state.sampling_params
-        bound = self.max_model_len
-        if params.max_tokens is not None:
-            bound = min(bound, total - num_output + params.max_tokens)
         shape, reason = eligibility.limits_for(params)
         if shape == "tree" and not self.trees.available:
             shape, reason = "chain", "engine"
         if reason:
             self._restricted[f"{'without_drafts' if shape == 'none' else 'chains_only'}.{reason}"] += 1
         if shape == "none":
-            self.lifecycle.mute(slot)
-        extra = params.extra_args or {}
-        lora = state.lora_request.lora_name if state.lora_request is not None else ""
+            arm.mute(slot)
         return Request(
             slot=slot,
             request_id=request_id,
             prompt=tokens,
             num_output=num_output,
-            max_tokens=bound,
+            max_tokens=most_tokens(params, len(tokens) - num_output, self.max_model_len),
             temperature=float(params.temperature),
-            # Two free-form names: repr keeps ("a", "b") apart from ("a'", ...) spellings that would collide.
-            namespace=repr((str(extra.get(TENANT_ARG, "")), lora)),
-            group=_sample_group(request_id),
+            namespace=namespace_of(state),
+            group=sample_group(request_id),
             branching=shape == "tree",
-            extra_args=extra,
+            extra_args=params.extra_args or {},
         )
-
-
-def _data_parallel_index(vllm_config: Any) -> int:
-    """Which of a server's data-parallel engines this is; for dense models vLLM sets the rank to 0 in all of them
-    (v1/engine/core.py)."""
-    parallel = vllm_config.parallel_config
-    return int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
-
-
-def _sample_group(request_id: str) -> str | None:
-    """What the samples of one ``n > 1`` request share: vLLM names them ``<index>_<parent id>``
-    (v1/engine/parallel_sampling.py)."""
-    index, _, parent = request_id.partition("_")
-    return parent if parent and index.isdecimal() else None
 
 
 def _reports_to_scheduler(parallel_config: Any) -> bool:

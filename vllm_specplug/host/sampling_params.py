@@ -1,22 +1,29 @@
-"""Lifts vLLM's refusal of ``min_p`` and ``logit_bias`` under speculation, for servers with this plugin's proposers.
+"""Checks of requests' parameters, for servers with this plugin's proposers.
 
-vLLM turns such requests down (sampling_params.py:_validate_spec_decode) and loads neither processor
-(v1/sample/logits_processor:build_logitsprocs), because its rejection sampler skips logits processors.
+``min_p`` and ``logit_bias`` pass: vLLM turns such requests down (sampling_params.py:_validate_spec_decode) and loads
+neither processor (v1/sample/logits_processor:build_logitsprocs), because its rejection sampler skips logits processors.
 :mod:`vllm_specplug.host.verification` samples through vLLM's plain sampler, which applies them. Here are both patches,
-and vLLM's own processors turned towards the later tokens of a step.
+and vLLM's own processors turned towards the later tokens of a step. An arm that the server does not hold (see
+:mod:`.arms_in_one`) is refused in the same place.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from vllm_specplug import registry
-from vllm_specplug.host import patching
+from vllm_specplug.host import eligibility, patching
+from vllm_specplug.options import nearest
+
+#: Attribute of a ``SpeculativeConfig``: what requests to its engine may call an arm. It is where the configuration of
+#: an engine and the validation of its requests meet.
+_ARMS = "_specplug_arms"
+_SHOWN = 80  # characters of a name that no arm has
 
 
 def install_front() -> None:
@@ -54,14 +61,34 @@ def _is_ours(speculative_config: Any) -> bool:
 
 def _validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
-        """Let min_p and logit_bias pass where our verification samples; whatever else vLLM checks there, it still
-        does. The one caller is ``SamplingParams.verify``, which every front end calls per request."""
-        if _is_ours(speculative_config) and (self.min_p or self.logit_bias):
-            self = copy.copy(self)
-            self.min_p, self.logit_bias = 0.0, None
+        """Let min_p and logit_bias pass where our verification samples, and no unknown arm; whatever else vLLM checks
+        there, it still does. The one caller is ``SamplingParams.verify``, which every front end calls per request."""
+        if _is_ours(speculative_config):
+            _check_arm(self.extra_args, getattr(speculative_config, _ARMS, None))
+            if self.min_p or self.logit_bias:
+                self = copy.copy(self)
+                self.min_p, self.logit_bias = 0.0, None
         original(self, speculative_config)
 
     return _validate_spec_decode
+
+
+def allow_arms(speculative_config: Any, names: Iterable[str]) -> None:
+    """Have requests refused that name another arm than ``names``."""
+    setattr(speculative_config, _ARMS, tuple(sorted(names)))
+
+
+def _check_arm(extra_args: Mapping[str, Any] | None, names: Sequence[str] | None) -> None:
+    named = (extra_args or {}).get(eligibility.ARM_ARG)
+    if named is None or names is None or named in names:
+        return
+    # Both are answered by 400; the former is what vLLM's own checks raise.
+    error: type[Exception] = getattr(sys.modules.get("vllm.exceptions"), "VLLMValidationError", ValueError)
+    hint = nearest(named, names) if isinstance(named, str) else ""
+    raise error(
+        f"vllm_xargs.{eligibility.ARM_ARG} = {repr(named)[:_SHOWN]} is not allowed: expected one of "
+        f"{', '.join(names)}, the arms this server holds.{hint}"
+    )
 
 
 def _build_logitsprocs(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from vllm_specplug.proposers.base import Int32Array, StepLoad
 logger = logging.getLogger("vllm.specplug")
 
 #: Row counts that the start-up probe times, and how often: the quickest run of a size counts.
-PROBE_ROWS = (1, 2, 3, 5, 9, 17, 33)
+PROBE_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 PROBE_ROUNDS = 3
 
 
@@ -42,6 +42,10 @@ class StepClock:
     def spent(self, since: int) -> None:
         """Count what drafting took since ``since``, by :meth:`read`."""
         self._overhead += self._now() - since
+
+    def counted(self) -> float:
+        """Seconds counted since the last call of :meth:`overhead`."""
+        return self._overhead * 1e-9
 
     def overhead(self) -> float:
         """Seconds counted since the last call."""

@@ -1,0 +1,182 @@
+"""What a comparison of servers found, as plain data: written by the run, read by the verdict and the reports.
+
+A folder of results holds ``plan.json`` (:class:`Plan`) and ``cells.jsonl``, one :class:`Cell` a line, each written as
+soon as it is known: whatever ends a run, what it has is on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PLAN, CELLS = "plan.json", "cells.jsonl"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One server under comparison.
+
+    Attributes:
+        name: short, unique in a run.
+        flags: what was added to the ``vllm serve`` command line; empty for a server that already ran.
+        url: of a server that already ran; empty for one the run starts.
+    """
+
+    name: str
+    flags: list[str] = field(default_factory=list)
+    url: str = ""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How requests arrive.
+
+    Attributes:
+        concurrency: requests at once; 0: as they arrive.
+        rate: arrivals per second (Poisson); 0: as fast as ``concurrency`` allows.
+    """
+
+    concurrency: int = 0
+    rate: float = 0.0
+
+    def __str__(self) -> str:
+        return f"concurrency {self.concurrency}" if self.concurrency else f"{self.rate:g} requests/s"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server did with one request; times in seconds.
+
+    Attributes:
+        index: of the workload's request.
+        task: its task.
+        sent_s: since the cell's start.
+        first_s: from sending to the first token.
+        total_s: from sending to the last token.
+        gaps_s: between chunks of the stream; several tokens may come in one.
+        prompt_tokens, output_tokens: counts.
+        tokens: ids of the output, where the server tells them.
+        text: the output.
+        error: what went wrong; empty: nothing.
+    """
+
+    index: int
+    task: str
+    sent_s: float
+    first_s: float
+    total_s: float
+    gaps_s: list[float]
+    prompt_tokens: int
+    output_tokens: int
+    tokens: list[int] | None
+    text: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One block of requests given to one arm under one load.
+
+    Attributes:
+        arm: its name.
+        load: how the requests arrived.
+        block: which part of the workload; blocks with the same number hold the same requests for all arms.
+        repeat: how often the block was given before, under this load.
+        seconds: from the first request sent to the last token.
+        cpu_busy: share of the machine's processors that processes outside the run used meanwhile; None if unknown.
+        counters: increase of the server's counters during the cell, by ``name`` or ``name{label="value",...}`` (labels
+            in alphabetical order, without ``_total``, summed over engines; those that did not increase are left out):
+            vLLM's ``vllm:spec_decode_*``, ``vllm:generation_tokens``, ``vllm:prompt_tokens*`` and
+            ``vllm:iteration_tokens_total_count`` (engine steps), and this plugin's ``vllm_specplug:*``, which lag by
+            up to a second: what is missing at the end of a cell is in the arm's next one.
+        memory_bytes: peak resident memory of the server's processes until then; None for servers by URL.
+        replies: per request, in the order they were sent.
+        failure: why there is none or not all of it; empty: nothing.
+    """
+
+    arm: str
+    load: Load
+    block: int
+    repeat: int
+    seconds: float
+    cpu_busy: float | None
+    counters: dict[str, float]
+    memory_bytes: int | None
+    replies: list[Reply]
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was compared.
+
+    Attributes:
+        arms: the first is the control.
+        loads: in turn.
+        model: path or name.
+        workload: name; ``requests``: how many in all; ``tasks``: their tasks, in order of appearance.
+        output_tokens: most per request.
+        temperature: 0: greedy.
+        repeats: of every block under every load.
+        seed: of sampling, order and arrivals.
+        failures: arm: why it was left out, with the last lines of its log.
+        facts: versions, machine, date, as :mod:`.environment` finds them.
+    """
+
+    arms: list[Arm]
+    loads: list[Load]
+    model: str
+    workload: str
+    requests: int
+    tasks: list[str]
+    output_tokens: int
+    temperature: float
+    repeats: int
+    seed: int
+    failures: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Write or replace ``plan.json``. Raises ``OSError``."""
+    place = folder / PLAN
+    new = place.with_suffix(".new")
+    new.write_text(json.dumps(dataclasses.asdict(plan), indent=2) + "\n", encoding="utf-8")
+    os.replace(new, place)
+
+
+def add_cell(folder: Path, cell: Cell) -> None:
+    """Append a cell. Raises ``OSError``; then the file ends as it did before, or in a line that reading leaves out."""
+    line = json.dumps(dataclasses.asdict(cell)) + "\n"
+    with (folder / CELLS).open("a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+
+
+def read(folder: Path) -> tuple[Plan, list[Cell]]:
+    """A run's plan and all its whole cells.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    try:
+        raw = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        arms, loads = [Arm(**a) for a in raw.pop("arms")], [Load(**x) for x in raw.pop("loads")]
+        plan = Plan(arms=arms, loads=loads, **raw)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / PLAN}: no plan of a comparison: {error}") from error
+    cells = []
+    place = folder / CELLS
+    lines = place.read_text(encoding="utf-8").split("\n") if place.exists() else [""]
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last line end was cut short
+        try:
+            raw = json.loads(line)
+            load, replies = Load(**raw.pop("load")), [Reply(**r) for r in raw.pop("replies")]
+            cells.append(Cell(load=load, replies=replies, **raw))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{place}, line {number}: no cell of a comparison: {error}") from error
+    return plan, cells
