@@ -45,7 +45,7 @@ class Recording:
             tokenizer = AutoTokenizer.from_pretrained(
                 model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=model.trust_remote_code
             )
-            return lambda tokens: str(tokenizer.decode(tokens))
+            return lambda tokens: str(tokenizer.decode(list(tokens)))
 
         index = data_parallel_index(vllm_config)
         files = RotatingFiles(Path(os.path.realpath(trace.dir)), trace.max_bytes, trace.files, index)
