@@ -20,13 +20,18 @@ BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 QUIET = 2> >(grep -v '^WARNING: Location .* is ignored' >&2)
 
-.PHONY: help demo test test-all bench check format venv model clean distclean
+.PHONY: help demo ab test test-all bench check format venv model clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: model  ## no speculation, vLLM's ngram and Auto on a small model: one table, and demo.json
 	$(BIN)/specplug demo --model $(MODEL) --json demo.json $(ARGS)
+
+ab: model  ## none, ngram, suffix and Auto on a small model, as servers: verdict and HTML report in ab-results/
+	$(PIP) install -q cmake ninja nanobind $(QUIET)
+	benchmarks/install_suffix_peer.sh $(BIN)/python || echo "suffix is left out: its library could not be built"
+	$(BIN)/specplug ab --out ab-results $(ARGS)
 
 test: model  ## the tests, with the newest supported vLLM (VLLM=0.28.0: with that one)
 	$(BIN)/python -m pytest $(ARGS)

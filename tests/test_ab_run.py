@@ -177,8 +177,9 @@ def test_memory_decides_whether_servers_run_together(tmp_path, tag, monkeypatch)
 def test_every_pass_has_fresh_servers_unless_asked_otherwise(tmp_path, tag):
     for folder, options, starts in (("a", {}, 2), ("b", {"keep_servers": True}, 1)):
         (tmp_path / folder).mkdir()
-        _, _, watcher = run(tmp_path / folder, tag, ["none"], concurrency="2", repeats=2, **options)
+        made, _, watcher = run(tmp_path / folder, tag, ["none"], concurrency="2", repeats=2, **options)
         assert watcher.states.count(("none", "starting")) == starts
+        assert made.facts["keep_servers"] is (starts == 1)  # the verdict reads it
 
 
 def test_token_ids_are_sent_as_they_are(tmp_path, tag):

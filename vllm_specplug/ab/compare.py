@@ -332,6 +332,7 @@ class Comparison:
                 "environment": _of_speed(self._env),
                 "api": settings.api,
                 "ignore_eos": settings.ignore_eos,
+                "keep_servers": settings.keep_servers,
                 "interleaved": True,
                 "complete": False,
                 "notes": notes,

@@ -86,48 +86,34 @@ class Recording:
             seconds, drafting, paused: as in :class:`~vllm_specplug.host.recorder.Seen`.
         """
         try:
-            self._step(runner, sampled_token_ids, verified, topk, paths, seconds, drafting, counters, paused)
+            rows = [i for i, tokens in enumerate(sampled_token_ids) if tokens]
+            before, self._spent_ns = self._spent_ns, counters.observe_ns + counters.propose_ns + counters.admit_ns
+            if not rows:
+                return
+            emitted = [sampled_token_ids[i] for i in rows]
+            if topk is not None and self.topk:
+                starts = np.cumsum(verified + 1) - verified - 1
+                nodes = [
+                    np.arange(len(tokens)) if paths is None else paths[i, : len(tokens)]
+                    for i, tokens in zip(rows, emitted, strict=True)
+                ]
+                which = np.concatenate([starts[i] + path for i, path in zip(rows, nodes, strict=True)])
+                topk = topk[0][which, : self.topk], topk[1][which, : self.topk]
+            seen = Seen(
+                rows=rows,
+                ids=[runner.input_batch.req_ids[i] for i in rows],
+                emitted=emitted,
+                drafted=verified[rows],
+                load=load_of(runner, verified),
+                seconds=seconds,
+                drafting=0.0 if paused else drafting,
+                proposer=(self._spent_ns - before) * 1e-9,
+                paused=paused,
+                topk=topk if self.topk else None,
+            )
+            self._recorder.step(seen, lambda row, request_id, count: self._admit(runner, row, request_id, count))
         except Exception:
             self._recorder.stop()
-
-    def _step(
-        self,
-        runner: Any,
-        sampled_token_ids: Sequence[Sequence[int]],
-        verified: Int32Array,
-        topk: TopK | None,
-        paths: np.ndarray | None,
-        seconds: float,
-        drafting: float,
-        counters: Counters,
-        paused: bool,
-    ) -> None:
-        rows = [i for i, tokens in enumerate(sampled_token_ids) if tokens]
-        before, self._spent_ns = self._spent_ns, counters.observe_ns + counters.propose_ns + counters.admit_ns
-        if not rows:
-            return
-        emitted = [sampled_token_ids[i] for i in rows]
-        if topk is not None and self.topk:
-            starts = np.cumsum(verified + 1) - verified - 1
-            nodes = [
-                np.arange(len(tokens)) if paths is None else paths[i, : len(tokens)]
-                for i, tokens in zip(rows, emitted, strict=True)
-            ]
-            which = np.concatenate([starts[i] + path for i, path in zip(rows, nodes, strict=True)])
-            topk = topk[0][which, : self.topk], topk[1][which, : self.topk]
-        seen = Seen(
-            rows=rows,
-            ids=[runner.input_batch.req_ids[i] for i in rows],
-            emitted=emitted,
-            drafted=verified[rows],
-            load=load_of(runner, verified),
-            seconds=seconds,
-            drafting=0.0 if paused else drafting,
-            proposer=(self._spent_ns - before) * 1e-9,
-            paused=paused,
-            topk=topk if self.topk else None,
-        )
-        self._recorder.step(seen, lambda row, request_id, count: self._admit(runner, row, request_id, count))
 
     def _admit(self, runner: Any, row: int, request_id: str, count: int) -> Admitted:
         state = runner.requests[request_id]
