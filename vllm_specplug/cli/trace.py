@@ -176,6 +176,7 @@ def run_info(args: argparse.Namespace) -> int:
 
 def run_replay(args: argparse.Namespace) -> int:
     """Replay through each proposer with each budget, and print a table."""
+    from vllm_specplug import registry
     from vllm_specplug.options import OptionError
     from vllm_specplug.trace import replay
     from vllm_specplug.trace.files import TraceError
@@ -197,9 +198,16 @@ def run_replay(args: argparse.Namespace) -> int:
         plain = replay.Replay(None, 0, **settings).run(requests)
         rows = _rows("none", None, requests, plain, plain, times is not None)
         for name, limit in arms:
-            proposer, _ = replay.build(name, options)
-            started = time.perf_counter()
-            tallies = replay.Replay(proposer, limit, trees=not args.chains, **settings).run(requests)
+            try:
+                proposer, _ = replay.build(name, options)
+                started = time.perf_counter()
+                tallies = replay.Replay(proposer, limit, trees=not args.chains, **settings).run(requests)
+            except (OptionError, TraceError) as error:
+                if args.proposer or registry.find(name).origin == registry.OWN:
+                    raise
+                # Another package's, which nobody asked for.
+                notes.append(f"{name} is left out: {error}")
+                continue
             seconds = time.perf_counter() - started
             rows += _rows(name, limit, requests, tallies, plain, times is not None, seconds)
             note = _topk_note(name, proposer, trace)
