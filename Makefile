@@ -40,8 +40,8 @@ test-all: model  ## the tests and the slow tests, with the newest and the oldest
 	$(MAKE) test VLLM=$(NEWEST) ARGS="-m 'slow or not slow' $(ARGS)"
 	$(MAKE) test VLLM=$(OLDEST) ARGS="-m 'slow or not slow' $(ARGS)"
 
-bench: model  ## every benchmark that needs no argument; adds rows to benchmarks/results/
-	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+bench: model  ## every benchmark that needs no trace or prompts; adds rows to benchmarks/results/
+	@for file in $$(grep -L required=True benchmarks/bench_*.py); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
 
 check: $(VENV)/.installed  ## lint, format and types
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ Scenarios, each given to every arm in turn, all engines staying up:
 ``random``     prompts of random tokens, sampled at temperature 1: nothing to predict
 ``repetitive`` a sentence over and over
 ``long``       prompts of 4,000 tokens (one beginning for all, which the prefix cache keeps)
-``swing``      one request, then 32, then one again
+``swing``      one request, then 32, then one again; four times, with other prompts
 
 Rates are decode tokens per second, from a block's first token to its last; for ``swing`` per phase, without its first
 20 steps. ``wait_p99`` is the 99th percentile of the times from sending a prompt to its first token. Rows are added to
@@ -41,6 +41,7 @@ LONG = 4000
 SETTLED = 20
 PHASES = ("one", "many", "one again")
 MANY = 32
+SWINGS = 4
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,14 @@ def long_prompts(rows: Sequence[str], tokens: int, encode: Callable[[str], list[
 
 
 def swing(rows: Sequence[str], tokens: int) -> list[Item]:
-    prompts = [rows[-1 - i % len(rows)] for i in range(MANY)]  # not those of the sweep, where there are enough
     lengths = [6 * tokens, *[tokens] * (MANY - 1)]
-    return [Item("swing", MANY, Work(prompts, lengths, [0, *[2 * tokens] * (MANY - 1)], ignore_eos=True))]
+    after = [0, *[2 * tokens] * (MANY - 1)]
+    items = []
+    for number in range(SWINGS):
+        # From the end: not those of the sweep, where there are enough. One text alone says little.
+        prompts = [rows[-1 - (number * MANY + i) % len(rows)] for i in range(MANY)]
+        items.append(Item("swing", MANY, Work(prompts, lengths, after, ignore_eos=True)))
+    return items
 
 
 def phases(block: Block) -> dict[str, tuple[int, float]]:

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from host_batches import batch
 from vllm_specplug.proposers.base import NO_OTHERS, DraftForest, Others, Proposer, Request, StepLoad
 
 from vllm_specplug.host import metrics, sampling_params
 from vllm_specplug.host.arms_in_one import ArmChoice, Arms
-from vllm_specplug.host.lifecycle import Lifecycle, Rows
+from vllm_specplug.host.lifecycle import Lifecycle
 
 VOCAB = 1000
 NAMES = {"off": "off", "default": "first", "first": "first", "second": "second"}
@@ -93,17 +94,8 @@ class Engine:
         ids = list(emitted)
         if self.arms.asleep(ids, list(emitted.values()), seconds):
             return None
-        batch = Rows(
-            rows=np.arange(len(ids), dtype=np.int32),
-            ids=ids,
-            emitted=list(emitted.values()),
-            totals=np.array([len(self.text[i]) for i in ids], np.int32),
-            drafted=np.array([(drafted or {}).get(i, 0) for i in ids], np.int32),
-            limits=np.full(len(ids), limit, np.int32),
-            seconds=seconds,
-            **more,
-        )
-        return dict(zip(ids, self.arms.step(batch, self.admit), strict=True))
+        rows = batch(self.text, emitted, drafted, limit, seconds=seconds, **more)
+        return dict(zip(ids, self.arms.step(rows, self.admit), strict=True))
 
     def admit(self, lifecycle, row, request_id, slot):
         return Request(slot, request_id, np.array(self.text[request_id], np.int32), max_tokens=1000)
@@ -252,10 +244,10 @@ def test_an_id_may_come_back_with_another_arm(engine):
 def test_without_other_arms_the_step_is_handed_on_as_it_is(engine, monkeypatch):
     handed = []
     monkeypatch.setattr(engine.arms.default, "step", lambda batch, admit: handed.append(batch) or [[]])
-    batch = Rows(*(np.zeros(1, np.int32),), ["first-a"], [[5]], *(np.zeros(1, np.int32) for _ in range(3)))
+    rows = batch({"first-a": [5]}, {"first-a": [5]})
     assert not engine.arms.asleep(["first-a"], [[5]], math.nan)
-    engine.arms.step(batch, engine.admit)
-    assert handed[0] is batch and batch.others is NO_OTHERS
+    engine.arms.step(rows, engine.admit)
+    assert handed[0] is rows and rows.others is NO_OTHERS
 
 
 def test_trees_of_all_arms_are_in_one_place(engine, monkeypatch):

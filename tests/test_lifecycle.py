@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from host_batches import batch
 from vllm_specplug.proposers.base import DraftForest, Proposer, Request
 
-from vllm_specplug.host.lifecycle import Lifecycle, Rows
+from vllm_specplug.host.lifecycle import Lifecycle
 
 VOCAB = 100
 
@@ -82,16 +83,8 @@ class Engine:
     def step(self, emitted: dict[str, list[int]], drafted: dict[str, int] | None = None, limit: int = 2):
         for request_id, tokens in emitted.items():
             self.text[request_id] = self.text.get(request_id, [1, 2, 3]) + tokens
-        ids = list(emitted)
-        batch = Rows(
-            rows=np.arange(len(ids), dtype=np.int32),
-            ids=ids,
-            emitted=list(emitted.values()),
-            totals=np.array([len(self.text[i]) for i in ids], np.int32),
-            drafted=np.array([(drafted or {}).get(i, 0) for i in ids], np.int32),
-            limits=np.full(len(ids), limit, np.int32),
-        )
-        return dict(zip(ids, self.lifecycle.step(batch, self.admit), strict=True))
+        rows = batch(self.text, emitted, drafted, limit)
+        return dict(zip(emitted, self.lifecycle.step(rows, self.admit), strict=True))
 
     def admit(self, row, request_id, slot):
         return Request(
@@ -304,16 +297,8 @@ def test_topk_rows_follow_their_requests(engine):
         np.arange(6, dtype=np.int32).reshape(3, 2),
         np.zeros((3, 2), np.float32),
     )
-    batch = Rows(
-        rows=np.array([0, 1], np.int32),
-        ids=["a", "b"],
-        emitted=[[8, 9], [6]],
-        totals=np.array([6, 4], np.int32),
-        drafted=np.array([1, 0], np.int32),
-        limits=np.array([2, 2], np.int32),
-        topk=topk,
-    )
-    engine.lifecycle.step(batch, engine.admit)
+    ended = batch(engine.text, {"a": [8, 9], "b": [6]}, {"a": 1}, topk=topk)
+    engine.lifecycle.step(ended, engine.admit)
     step = engine.proposer.steps[-1]
     assert step.row_tokens.tolist() == [5, 8]
     assert step.row_offsets.tolist() == [0, 2]

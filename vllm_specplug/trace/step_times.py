@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ LEAST_OTHERS = 8
 _STATE = "step_time"
 
 
-class StepTimes:
+class StepTimes(ABC):
     """Seconds of a step by its load.
 
     Attributes:
@@ -47,9 +48,9 @@ class StepTimes:
         self.host_s = host_s
         self.most_requests = most_requests
 
+    @abstractmethod
     def predict(self, load: StepLoad) -> float:
         """Seconds of a step of decoding requests, without drafting."""
-        raise NotImplementedError
 
 
 class GivenTimes(StepTimes):
