@@ -30,7 +30,7 @@ demo: model  ## no speculation, vLLM's ngram and Auto on a small model: one tabl
 
 ab: model  ## none, ngram, suffix and Auto on a small model, as servers: verdict and HTML report in ab-results/
 	$(PIP) install -q cmake ninja nanobind $(QUIET)
-	benchmarks/install_suffix_peer.sh $(BIN)/python || echo "suffix is left out: its library could not be built"
+	benchmarks/install_suffix_peer.sh $(BIN)/python $(QUIET) || echo "suffix is left out: its library could not be built"
 	$(BIN)/specplug ab --out ab-results $(ARGS)
 
 test: model  ## the tests, with the newest supported vLLM (VLLM=0.28.0: with that one)

@@ -8,7 +8,7 @@ Scenarios, each given to every arm in turn, all engines staying up:
 ``random``     prompts of random tokens, sampled at temperature 1: nothing to predict
 ``repetitive`` a sentence over and over
 ``long``       prompts of 4,000 tokens (one beginning for all, which the prefix cache keeps)
-``swing``      one request, then 32, then one again; four times, with other prompts
+``swing``      one request, then 32, then one again; three times, with other prompts
 
 Rates are decode tokens per second, from a block's first token to its last; for ``swing`` per phase, without its first
 20 steps. ``wait_p99`` is the 99th percentile of the times from sending a prompt to its first token. Rows are added to
@@ -41,7 +41,7 @@ LONG = 4000
 SETTLED = 20
 PHASES = ("one", "many", "one again")
 MANY = 32
-SWINGS = 4
+SWINGS = 3
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,20 @@ def swing(rows: Sequence[str], tokens: int) -> list[Item]:
     return items
 
 
-def phases(block: Block) -> dict[str, tuple[int, float]]:
-    """Tokens and seconds of each phase of a swing, without its first steps."""
+def phases(block: Block, alone: int) -> dict[str, tuple[int, float]]:
+    """Tokens and seconds of each phase of a swing, without its first steps.
+
+    Args:
+        alone: tokens that the first request has when the others are sent: steps that compute their prompts belong to
+            no phase.
+    """
     steps = block.timeline
     crowd = [i for i, (_, _, running) in enumerate(steps) if running >= 0.75 * MANY]
     if not crowd:
         return {}
+    emitted = np.cumsum([tokens for _, tokens, _ in steps])
+    before = [i for i, (_, _, running) in enumerate(steps) if running == 1 and emitted[i] < alone]
     after = [i for i, (_, _, running) in enumerate(steps) if running == 1 and i > crowd[-1]]
-    before = [i for i, (_, _, running) in enumerate(steps) if running == 1 and i < crowd[0]]
     found = {}
     for name, places in zip(PHASES, (before, crowd, after), strict=True):
         settled = places[SETTLED:]
@@ -183,9 +189,10 @@ def rows_of(results: Sequence[arms.ArmResult], items: Sequence[Item], common: di
             continue
         for key in dict.fromkeys((item.scenario, item.concurrency) for item in items if item.scenario):
             picked = [i for i, item in enumerate(items) if (item.scenario, item.concurrency) == key]
+            alone = max(items[picked[0]].work.after, default=0)
             ours, theirs = [result.blocks[i] for i in picked], [base.blocks[i] for i in picked]
             place = {**common, "scenario": key[0], "concurrency": key[1], "arm": result.arm.name}
-            for metric, value, ratio in metrics(key[0], ours, theirs, common["seed"]):
+            for metric, value, ratio in metrics(key[0], ours, theirs, common["seed"], alone):
                 figures = [None if x is None else round(x, 4) for x in (value, *ratio)]
                 names = ("value", "ratio", "low", "high")
                 rows.append({**place, "metric": metric, **dict(zip(names, figures, strict=True))})
@@ -196,18 +203,18 @@ NONE = (None, None, None)
 
 
 def metrics(
-    scenario: str, ours: Sequence[Block], theirs: Sequence[Block], seed: int
+    scenario: str, ours: Sequence[Block], theirs: Sequence[Block], seed: int, alone: int
 ) -> list[tuple[str, float, tuple[float | None, float | None, float | None]]]:
     """(name, value, (ratio to the base, low, high)) of some blocks."""
     if scenario == "swing":
         out = []
         for phase in PHASES:
-            pairs = [(phases(a).get(phase), phases(b).get(phase)) for a, b in zip(ours, theirs, strict=True)]
+            pairs = [[phases(block, alone).get(phase) for block in pair] for pair in zip(ours, theirs, strict=True)]
             timed = [(a, b) for a, b in pairs if a and b]
             if timed:
                 rate = sum(a[0] for a, _ in timed) / sum(a[1] for a, _ in timed)
                 r = report.speedup([a for a, _ in timed], [b for _, b in timed], seed)
-                out.append((f"tokens_per_s, {phase}", rate, (r.value, None, None)))
+                out.append((f"tokens_per_s, {phase}", rate, (r.value, r.low, r.high)))
         return out
     f = report.figures(ours, theirs, seed)
     waits, base_waits = ([w for b in blocks for w in b.waits] for blocks in (ours, theirs))

@@ -169,8 +169,9 @@ def test_servers_one_after_another(tmp_path, tag):
 def test_memory_decides_whether_servers_run_together(tmp_path, tag, monkeypatch):
     monkeypatch.setattr(servers, "has_accelerator", lambda: False)
     monkeypatch.setattr(compare, "available_gib", lambda: 0.5)
-    made, cells, _ = run(tmp_path, tag, ["none", "b=none"], concurrency="2", repeats=1)
+    made, cells, watcher = run(tmp_path, tag, ["none", "b=none"], concurrency="2", repeats=1)
     assert not made.facts["interleaved"]
+    assert "GiB of memory are missing to run all at once" in watcher.notes[0]
     assert {cell.arm for cell in cells} == {"none", "b"}
 
 

@@ -92,6 +92,7 @@ class Comparison:
         if self._together is None and servers.has_accelerator() and settings.starts_servers:
             self._together = False
         self._passes = [(repeat, one) for repeat in range(settings.repeats) for one in settings.loads]
+        self._too_little = ""
         self._times = _Times()
         self._passes_left = len(self._passes)
         #: Requests still to be answered, by arm and load.
@@ -181,7 +182,14 @@ class Comparison:
         others = sum(not s.arm.url for s in self._servers.values()) - 1
         used_gib = (self._servers[first].memory_bytes() or 0) / 2**30
         kv_gib = float(self._env["VLLM_CPU_KVCACHE_SPACE"] or 0)
-        return available_gib() >= others * (used_gib + kv_gib)
+        # Of the first one's KV cache nothing is used yet.
+        missing_gib = others * (used_gib + kv_gib) + kv_gib - available_gib()
+        if missing_gib > 0:
+            self._too_little = (
+                f"{missing_gib:.1f} GiB of memory are missing to run all at once, at {used_gib:.1f} GiB each and "
+                f"{kv_gib:g} GiB more for its KV cache, see VLLM_CPU_KVCACHE_SPACE"
+            )
+        return missing_gib <= 0
 
     def _say_in_turn(self) -> None:
         if self._settings.together is False:
@@ -189,7 +197,7 @@ class Comparison:
         elif servers.has_accelerator():
             why = "vLLM takes nearly all of an accelerator's memory for one"
         else:
-            why = "memory does not hold all of them"
+            why = self._too_little
         text = (
             f"Servers run one after another in each pass ({why}): a machine that changes meanwhile can look like a "
             "difference between arms; more repeats help."
