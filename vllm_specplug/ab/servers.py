@@ -333,8 +333,8 @@ def vllm_command() -> list[str]:
 def server_environment(settings: Settings) -> dict[str, str]:
     """This process's environment, with what a user's own setting of it replaces."""
     count = sum(not arm.url for arm in settings.arms)
-    # On CPUs vLLM would take nearly all memory for the first server's KV cache. A quarter of it, shared out, leaves room
-    # for all servers at once: with half of it, four small ones were just too much for 23 GiB.
+    # On CPUs vLLM would take nearly all memory for the first server's KV cache. A quarter of it, shared out, leaves
+    # room for all servers at once: with half of it, four small ones could be too much for 23 GiB.
     kv_gib = int(min(max(available_gib() / (4 * max(count, 1)), 1), 16))
     ours = {
         "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
