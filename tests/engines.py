@@ -49,7 +49,7 @@ def engine(model: Path, speculative_config: dict[str, Any] | None = None, **sett
     """A ``vllm.LLM`` whose engine core runs in this process; float32 and eager unless told otherwise.
 
     It is neither shut down nor dropped: both destroy the process groups that every engine of this process uses.
-    Its KV cache, which is most of its memory, is freed.
+    Its KV cache and weights, which are most of its memory, are freed.
     """
     from vllm import LLM
 
@@ -77,6 +77,8 @@ def engine(model: Path, speculative_config: dict[str, Any] | None = None, **sett
             trees.backend = None
         for layer in runner.compilation_config.static_forward_context.values():
             layer.kv_cache = None
+        for parameter in runner.get_model().parameters():
+            parameter.data = torch.empty(0)
 
 
 def runner_of(llm: Any) -> Any:
