@@ -155,6 +155,7 @@ def main() -> int:
         servers = [files.read([path]).requests for path in sorted(args.traces.glob(files.PATTERN))]
         predicted = predict(measured, servers)
         config = {"measured": "specplug ab", "servers": len(servers), "spec_tokens": [m.limit for m in measured]}
+        config["serve_args"] = ab_results.read(args.ab)[0].facts.get("serve_args")
     else:
         with tempfile.TemporaryDirectory() as temporary:
             folder = args.keep or Path(temporary)
