@@ -27,8 +27,9 @@ from vllm_specplug.ab.results import Arm, Cell, Load, Plan, Reply
 SMALLEST = 0.02
 #: "No difference" is said only if the interval reaches less far than that to each side.
 RESOLUTION = 0.05
-#: Standard deviation of a server's speed between starts that intervals make room for. An allowance, not a measurement:
-#: like servers that differ by so much are then told apart in 3 of 100 runs of two repeats, without it in 13, and a
+#: Standard deviation of a server's speed between starts that intervals make room for. An allowance (three pairs of like
+#: servers on two quiet cores differed by -1.2%, -2.0% and +1.7%, which is 0.014 and hardly a measurement): like servers
+#: that differ by so much are then told apart in 3 of 100 runs of two repeats, without it in 13, and a
 #: slowdown by 5% is still found in 95 (benchmarks/bench_ab_verdict.py, ``offset`` 0.01).
 START = 0.01
 
