@@ -79,6 +79,8 @@ def engine(model: Path, speculative_config: dict[str, Any] | None = None, **sett
             layer.kv_cache = None
         for parameter in runner.get_model().parameters():
             parameter.data = torch.empty(0)
+        for module in runner.get_model().modules():
+            vars(module).pop("cpu_linear", None)  # on CPUs it holds the weights in an order of its own
 
 
 def runner_of(llm: Any) -> Any:
