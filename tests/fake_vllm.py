@@ -6,18 +6,24 @@ Takes any further flag. Behaviours: ``step=MS`` between pieces of a stream, ``pe
 tokens, ``fail`` at start, ``die=N`` at the Nth request, ``hang=N`` from the Nth request on, ``refuse`` every request,
 ``no-ids`` (a request that asks for them gets none), ``refuse-ids``, ``child`` (a process of its own that stays), and
 ``stubborn`` (SIGTERM does nothing). ``--tag=TEXT`` is on the command line of every process of it.
+
+Answers that are not streamed come from another model, whose distributions after every prefix are known by hand
+(:func:`distribution`): ``approximate=N`` is wrong after each prefix whose length N divides. ``no-prompt-logprobs``
+refuses them, ``no-logprobs`` tells none, ``context=N`` is its longest prompt and output.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -46,6 +52,28 @@ def output(prompt: Any, count: int, wrong: bool) -> list[int]:
     return [digest[i % 32] + (1 if wrong and i > 3 else 0) for i in range(count)]
 
 
+def distribution(prefix: Sequence[int], every: int = 0) -> dict[int, float]:
+    """Probabilities of the three likeliest tokens after ``prefix``; the rest is spread over many. The exact model has
+    0.7, 0.2 and 0.05; the approximate one, where it is wrong, 0.3, 0.6 and 0.05 for the same tokens."""
+    first = (7 * prefix[-1] + len(prefix)) % 199
+    wrong = every and len(prefix) % every == 0
+    return {first: 0.3 if wrong else 0.7, first + 200: 0.6 if wrong else 0.2, first + 400: 0.05}
+
+
+def generate(prompt: Sequence[int], count: int, every: int = 0) -> list[int]:
+    """The greedy output."""
+    tokens = list(prompt)
+    for _ in range(count):
+        chances = distribution(tokens, every)
+        tokens.append(max(chances, key=lambda token: chances[token]))
+    return tokens[len(prompt) :]
+
+
+def ids(text: str) -> list[int]:
+    """Token ids of a prompt that is text."""
+    return [len(word) for word in text.split()]
+
+
 class Handler(BaseHTTPRequestHandler):
     behaviour: Behaviour
 
@@ -62,7 +90,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
-            self._send(200, json.dumps({"data": [{"id": MODEL}]}))
+            card: dict[str, Any] = {"id": MODEL}
+            if "context" in self.behaviour:
+                card["max_model_len"] = self.behaviour.number("context", 0)
+            self._send(200, json.dumps({"data": [card]}))
         elif self.path == "/metrics":
             lines = []
             for name, key in (("num_drafts", "drafts"), ("num_accepted_tokens", "accepted")):
@@ -90,7 +121,31 @@ class Handler(BaseHTTPRequestHandler):
         if "refuse" in self.behaviour or ("refuse-ids" in self.behaviour and "return_token_ids" in body):
             self._send(400, json.dumps({"error": {"message": "this request\nis not to my taste"}}))
             return
-        self._stream(body)
+        if "prompt_logprobs" in body and "no-prompt-logprobs" in self.behaviour:
+            self._send(400, json.dumps({"error": {"message": "prompt_logprobs: not here"}}))
+        elif body.get("stream"):
+            self._stream(body)
+        else:
+            self._send(200, json.dumps(self._whole(body)))
+
+    def _whole(self, body: dict[str, Any]) -> dict[str, Any]:
+        every = self.behaviour.number("approximate", 0)
+        if "messages" in body:
+            return {"prompt_token_ids": ids(body["messages"][0]["content"][0]["text"]), "choices": [{}]}
+        prompt = ids(body["prompt"]) if isinstance(body["prompt"], str) else body["prompt"]
+        tokens = generate(prompt, body["max_tokens"], every)
+        choice: dict[str, Any] = {"token_ids": tokens, "prompt_token_ids": prompt}
+        if "logprobs" in body and "no-logprobs" not in self.behaviour:
+            told = [distribution([*prompt, *tokens[:i]], every) for i in range(len(tokens))]
+            choice["logprobs"] = {"top_logprobs": [{f"token_id:{t}": math.log(p) for t, p in d.items()} for d in told]}
+        if "prompt_logprobs" in body:  # prompts are computed in full
+            told = [distribution(prompt[:i]) for i in range(1, len(prompt))]
+            for chances, token in zip(told, prompt[1:], strict=True):
+                chances.setdefault(token, 1e-4)
+            choice["prompt_logprobs"] = [None, *({t: {"logprob": math.log(p)} for t, p in d.items()} for d in told)]
+        with LOCK:  # two tokens a step, after the first
+            COUNTS["accepted"] += (len(tokens) - 1) // 2
+        return {"choices": [choice]}
 
     def _stream(self, body: dict[str, Any]) -> None:
         chat = "messages" in body

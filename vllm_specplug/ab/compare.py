@@ -7,20 +7,19 @@ one server is ever loaded; the others idle. Where memory does not hold all of th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import psutil
-
-from vllm_specplug.ab import environment, load, results, servers, workloads
+from vllm_specplug.ab import environment, fidelity_run, load, results, servers, workloads
 from vllm_specplug.ab.arms import WARM_UP_PROMPTS, available_gib
 from vllm_specplug.ab.plan import Settings
+from vllm_specplug.ab.processors import Processors
 from vllm_specplug.ab.results import Cell, Load, Plan
 from vllm_specplug.ab.servers import Remote, ServerFailed
 from vllm_specplug.ab.workloads import Request
@@ -117,6 +116,7 @@ class Comparison:
         try:
             for number, (repeat, one) in enumerate(self._passes):
                 self._pass(number, repeat, one)
+            self._fidelity()
             self._note_end()
             grace_s = servers.GRACE_S
         except KeyboardInterrupt:
@@ -172,6 +172,7 @@ class Comparison:
             try:
                 self._servers[name].wait_ready()
                 self._progress.state(name, "waiting")
+                self._check_length(name)
             except ServerFailed as error:
                 self._fail(name, str(error))
         if names:
@@ -202,8 +203,8 @@ class Comparison:
             f"Servers run one after another in each pass ({why}): a machine that changes meanwhile can look like a "
             "difference between arms; more repeats help."
         )
-        self._progress.note(text)
-        self._replan(facts={**self._plan.facts, "interleaved": False, "notes": [*self._plan.facts["notes"], text]})
+        self._note(text)
+        self._replan(facts={**self._plan.facts, "interleaved": False})
 
     def _warm_up(self, names: Sequence[str], one: Load) -> None:
         """A few short requests under the pass's load, of which nothing is kept."""
@@ -254,7 +255,7 @@ class Comparison:
         server = self._servers[name]
         self._wait_until_idle()
         self._progress.state(name, "running", f"{one}, repeat {repeat + 1}, block {block + 1}")
-        before, clock = server.counters(), _Processors(list(self._live.values()))
+        before, clock = server.counters(), Processors(list(self._live.values()))
         seed = (self._settings.seed, block, repeat, self._settings.loads.index(one))
         replies, seconds, failure = self._give(name, requests, one, self._sampling, seed)
         busy = clock.used_by_others()
@@ -283,6 +284,62 @@ class Comparison:
             self._times.per_request.setdefault(one, []).append(seconds / len(requests))
             self._progress.state(name, "waiting")
         self._progress.advance(name, len(requests), self._left_s())
+
+    def _check_length(self, name: str) -> None:
+        """Say it once where requests are too long for a server."""
+        limit = self._servers[name].max_model_len
+        text = workloads.too_long(self._requests, self._settings.output_tokens, limit)
+        if text and not any(text in note for note in self._plan.facts["notes"]):
+            self._note(f"{name}: {text}")
+
+    def _note(self, text: str) -> None:
+        self._progress.note(text)
+        self._replan(facts={**self._plan.facts, "notes": [*self._plan.facts["notes"], text]})
+
+    # Fidelity
+
+    def _fidelity(self) -> None:
+        """A pass of its own, after the timed ones, so that what it asks for does not slow them."""
+        settings, control = self._settings, self._settings.arms[0].name
+        count = min(settings.fidelity_requests, len(self._requests))
+        names = [name for name in settings.fidelity if name not in self._plan.failures]
+        if not names or not count or control in self._plan.failures:
+            return
+        if control in settings.approximate:
+            self._note(f"Fidelity was not measured: {control} is approximate itself; name an exact arm first.")
+            return
+        self._progress.note(f"Fidelity of {', '.join(names)}: {count} requests, read by {control}.")
+        wanted = fidelity_run.Wanted(
+            arms=names,
+            control=control,
+            requests=self._requests[:count],
+            output_tokens=settings.output_tokens,
+            ignore_eos=settings.ignore_eos,
+            api=settings.api,
+            concurrency=settings.loads[0].concurrency or 1,
+            timeout_s=settings.timeout_s,
+            together=bool(self._together),
+        )
+        found = fidelity_run.measure(
+            wanted, self._up, lambda probe: results.add_probe(self._folder, probe), self._progress
+        )
+        self._replan(facts={**self._plan.facts, "fidelity": found})
+
+    @contextlib.contextmanager
+    def _up(self, name: str) -> Iterator[Remote]:
+        """A server that runs in here, and on if it did before. Raises ``ServerFailed``."""
+        server = self._servers[name]
+        if name in self._live:
+            yield server
+            return
+        self._progress.state(name, "starting")
+        try:
+            server.start()
+            server.wait_ready()
+            yield server
+        finally:
+            servers.stop_all([server])
+            self._progress.state(name, "stopped")
 
     # Failures and ends
 
@@ -344,6 +401,7 @@ class Comparison:
                 "interleaved": True,
                 "complete": False,
                 "notes": notes,
+                **({"approximate": settings.approximate} if settings.approximate else {}),
             },
         )
 
@@ -366,30 +424,6 @@ class Comparison:
             arms = len(self._servers) - len(self._plan.failures)
             total += sum(self._times.starts) / len(self._times.starts) * arms * self._passes_left
         return total
-
-
-class _Processors:
-    """How busy the machine's processors are with what is not the run's."""
-
-    def __init__(self, own: Sequence[Remote]) -> None:
-        self._own = list(own)
-        # Of a server by URL it is not known which processes are its own, or whether they are on this machine.
-        self._known = not any(server.arm.url for server in own)
-        self._begin = self._now()
-
-    def _now(self) -> tuple[float, float, float]:
-        t = psutil.cpu_times()
-        used = sum(getattr(t, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
-        mine = sum(os.times()[:2]) + sum(server.cpu_seconds() for server in self._own)
-        return time.monotonic(), used, mine
-
-    def used_by_others(self) -> float | None:
-        """Share of the processors since this was made, from 0 to 1; None if that cannot be told."""
-        wall, used, mine = (after - before for before, after in zip(self._begin, self._now(), strict=True))
-        if wall < 0.2 or not self._known:  # the system counts in hundredths of a second
-            return None
-        share = (used - mine) / (wall * (psutil.cpu_count() or 1))
-        return min(max(share, 0.0), 1.0)
 
 
 def run(

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specplug.ab import plots
+from vllm_specplug.ab.fidelity import Figures as Fidelities
+from vllm_specplug.ab.fidelity import Forced
 from vllm_specplug.ab.intervals import Estimate
 from vllm_specplug.ab.measures import Figures, Percentiles, answered
 from vllm_specplug.ab.outputs import common_prefix
@@ -34,6 +36,7 @@ _OUTPUTS = {
     "distribution": ("good", "same distribution"),
     "untold": ("unsure", "output: could not be told"),
     "different": ("bad", "not the same output"),
+    "approximate": ("unsure", "approximate output"),
 }
 
 
@@ -126,6 +129,7 @@ def _arm(verdict: Verdict, number: int) -> dict[str, Any]:
         "glyph": _GLYPHS[number % len(_GLYPHS)],
         "control": number == 0,
         "results": [_result(r) for r in results],
+        "fidelity": [printable(f.sentence[:1].upper() + f.sentence[1:]) for f in verdict.fidelity if f.arm == arm.name],
     }
 
 
@@ -212,6 +216,7 @@ def tables(verdict: Verdict) -> list[tuple[str, list[Table]]]:
         ("Drafting", [_drafting(load, by_load[load]) for load in loads]),
         ("Drafts by source", [t for load in loads for t in _sources(load, by_load[load])]),
         ("Outputs", [_outputs(load, by_load[load]) for load in loads]),
+        ("Fidelity", _fidelity(verdict)),
         ("By task", [_tasks(verdict, load, by_load[load]) for load in loads]),
     ]
     return [(title, kept) for title, group in found if (kept := [t for t in group if t.rows])]
@@ -325,6 +330,50 @@ def _outputs(load: str, results: Sequence[Result]) -> Table:
     return Table(load, columns, rows)
 
 
+def _fidelity(verdict: Verdict) -> list[Table]:
+    """A table per arm: all requests, then each task, then the control's own outputs, read as the arm's were."""
+    found = []
+    for arm in verdict.fidelity:
+        if arm.total is None:
+            continue
+        named = [("all", arm.total), *((printable(task), figures) for task, figures in arm.tasks.items())]
+        rows = [_faithful(name, figures.forced, figures, arm.mat if name == "all" else None) for name, figures in named]
+        if arm.total.noise is not None:
+            rows.append(_faithful(f"{printable(verdict.control)} itself", arm.total.noise, None, arm.control_mat))
+        found.append(Table(printable(arm.arm), _FIDELITY_COLUMNS, rows, {len(rows) - 1} if arm.total.noise else set()))
+    return found
+
+
+_FIDELITY_COLUMNS = ["requests", "outputs", "tokens", "not the exact choice", "KL, at least", "perplexity", "change"]
+_FIDELITY_COLUMNS += ["equal tokens", "before parting", "identical", "parts after (p10, p50, p90)", "tokens per step"]
+
+
+def _faithful(name: str, forced: Forced, figures: Fidelities | None, mat: float | None) -> list[str]:
+    free = figures.free if figures else None
+    change = figures.perplexity_change if figures else None
+    parts = [free.quantile(share) for share in (0.1, 0.5, 0.9)] if free else []
+    return [
+        name,
+        str(forced.requests),
+        str(forced.tokens),
+        _between(forced.flips, ".1%"),
+        _between(forced.kl, ".2g"),
+        f"{forced.perplexity.value:.3f}",
+        _between(change, "+.1%") if change else "",
+        f"{free.equal:.1%}" if free else "",
+        f"{free.before:.1%}" if free else "",
+        f"{free.identical} of {free.requests}" if free else "",
+        ", ".join(f"{part:.0f}" for part in parts if part is not None),
+        f"{mat:.2f}" if mat is not None else "",
+    ]
+
+
+def _between(found: Estimate, form: str) -> str:
+    if found.low is None or found.high is None:
+        return f"{found.value:{form}}"
+    return f"{found.value:{form}} ({found.low:{form}}–{found.high:{form}})"  # noqa: RUF001
+
+
 def _tasks(verdict: Verdict, load: str, results: Sequence[Result]) -> Table:
     rows: list[list[str]] = []
     control = set()
@@ -353,7 +402,7 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     """Nested facts one level down."""
     found: list[tuple[str, Any]] = []
     for name, value in facts.items():
-        if name in ("notes", "complete", "interleaved"):
+        if name in ("notes", "complete", "interleaved", "fidelity"):
             continue  # said above
         if isinstance(value, dict):
             found += [(str(k), v) for k, v in value.items() if v is not None]

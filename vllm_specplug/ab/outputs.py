@@ -12,6 +12,7 @@ their distribution when arm and control are swapped at random, request by reques
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class Agreement:
         return self.identical / self.compared if self.compared else 0.0
 
 
-Kind = Literal["same", "repeatable", "distribution", "untold", "different"]
+Kind = Literal["same", "repeatable", "distribution", "untold", "different", "approximate"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Output:
     Attributes:
         kind: ``same``: all equal; ``repeatable``: as equal as the control's are among themselves; ``distribution``:
             sampled outputs not told apart; ``untold``: some differ, and why could not be told; ``different``: not the
-            same.
+            same; ``approximate``: no claim, as one side is approximate by intent.
         sentence: the end of the verdict's sentence.
         agreement: arm and control.
         control: control and control, as far apart as found; None where there was nothing to compare.
@@ -185,6 +186,15 @@ def _without_reference(found: Agreement, what: str, why: str, control: Agreement
         return Output("different", sentence, found, control, name, p)
     sentence = f"output that differs ({what}); whether by vLLM's rounding or by the arm could not be told: {why}"
     return Output("untold", sentence, found, control, name, p)
+
+
+def approximate(found: Output, by_control: bool = False) -> Output:
+    """The same comparison where the arm, or the control, is approximate: equal outputs then are no promise, and others
+    no fault, so neither is claimed."""
+    equal = found.agreement
+    what = "output of an approximate control" if by_control else "approximate output, as the arm is"
+    sentence = f"{what} ({equal.identical} of {equal.compared} identical to the control's)"
+    return dataclasses.replace(found, kind="approximate", sentence=sentence)
 
 
 def _more_events(events: float, expected: float) -> float:

@@ -6,6 +6,8 @@ same name, with dashes or underscores. A value of the command line wins.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -28,6 +30,10 @@ APIS = ("chat", "completions")
 BUNDLED = "bundled"
 #: As many requests are taken from a larger file if their number is not asked for.
 MOST_REQUESTS = 64
+#: Requests of the workload that fidelity is measured on.
+FIDELITY_REQUESTS = 32
+#: What an arm's flags say where its output is approximate; also where it is only held, or set to exact values.
+_APPROXIMATE = re.compile(r"SparseVerify|sparse_verify")
 #: Set by the run for every server it starts.
 _RESERVED = ("--host", "--port", "--uds")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
@@ -61,6 +67,8 @@ class Settings:
         timeout_s: for one request.
         start_timeout_s: for a server to answer.
         out: folder of the results; None: one named after the time.
+        fidelity: arms whose fidelity is measured.
+        fidelity_requests: on so many requests; 0: it is not.
     """
 
     arms: tuple[Arm, ...]
@@ -82,11 +90,18 @@ class Settings:
     timeout_s: float = 300.0
     start_timeout_s: float = 1200.0
     out: Path | None = None
+    fidelity: tuple[str, ...] = ()
+    fidelity_requests: int = FIDELITY_REQUESTS
 
     @property
     def starts_servers(self) -> bool:
         """Whether any arm is a server that the run starts."""
         return any(not arm.url for arm in self.arms)
+
+    @property
+    def approximate(self) -> list[str]:
+        """Arms whose output is known to be approximate; of a server that already runs nothing is known."""
+        return [arm.name for arm in self.arms if is_approximate(arm)]
 
 
 # Arms
@@ -104,6 +119,7 @@ def presets() -> dict[str, list[str]]:
         tokens = 16 if entry.name == "Auto" else 8
         model = [f"--spec-model={registry.PACKAGE}.{entry.name}", f"--spec-tokens={tokens}"]
         known[entry.section.replace("_", "-")] = model
+    known["sparse"] = [f"--spec-model={registry.PACKAGE}.SparseVerify", "--spec-tokens=16"]
     adaptive = [f"--spec-model={registry.PACKAGE}.AdaptiveLength", "--spec-tokens=8"]
     for inner in ("ngram", "suffix"):
         choice = json.dumps({"specplug": {"adaptive_length": {"inner": f"vllm:{inner}"}}})
@@ -172,6 +188,19 @@ def make_arm(name: str, value: Any, where: str) -> Arm:
         words = [*known[words[0]], *words[1:]]
     _check_flags(words, where)
     return Arm(name, words)
+
+
+def is_approximate(arm: Arm) -> bool:
+    """Whether an arm's flags name a proposer whose output is approximate."""
+    if any(_APPROXIMATE.search(flag) for flag in arm.flags):
+        return True
+    for entry in registry.proposers().values():
+        # Of the plugin's own it is known without importing them.
+        named = rf"\b{registry.PACKAGE}\.{entry.name}\b"
+        if entry.origin != registry.OWN and any(re.search(named, flag) for flag in arm.flags):
+            with contextlib.suppress(options.OptionError):  # its server will say it
+                return not getattr(entry.load(), "lossless", True)
+    return False
 
 
 def _split(value: Any, where: str) -> list[str]:
@@ -258,6 +287,13 @@ def _path(value: Any, where: str) -> Path | None:
     return Path(text).expanduser()
 
 
+def _names(value: Any, where: str) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise UsageError(f"{where} = {value!r} is not allowed: expected arms' names, separated by commas, or all.")
+    return tuple(dict.fromkeys(name.strip() for name in names))
+
+
 def _workload(value: Any, where: str) -> Path | None:
     return None if str(value) == BUNDLED else _path(value, where)
 
@@ -300,6 +336,8 @@ OPTIONS: dict[str, Callable[[Any, str], Any]] = {
     "timeout_s": _SECONDS,
     "start_timeout_s": _SECONDS,
     "out": _path,
+    "fidelity": _names,
+    "fidelity_requests": _number(0, 1e6, whole=True),
 }
 DEFAULT_CONCURRENCY = (1, 8)
 
@@ -363,8 +401,23 @@ def build(given: Mapping[str, Any], config: Path | None = None) -> tuple[Setting
         arms, notes = default_arms()
         values["arms"] = tuple(arms)
     settings = Settings(loads=loads, **values)
+    settings = dataclasses.replace(settings, fidelity=_fidelity(settings, values.get("fidelity")))
     if settings.keep_servers and settings.together is False:
         raise UsageError("--keep-servers and --in-turn exclude each other.")
     if settings.starts_servers and settings.port + len(settings.arms) > 65536:
         raise UsageError(f"--port = {settings.port} is not allowed: {len(settings.arms)} ports from there are needed.")
     return settings, notes
+
+
+def _fidelity(settings: Settings, asked: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The arms whose fidelity is measured: those that were asked for, or all that are known to be approximate."""
+    others = [arm.name for arm in settings.arms[1:]]
+    if asked is None:
+        return tuple(name for name in others if name in settings.approximate)
+    if asked == ("all",):
+        return tuple(others)
+    for name in asked:
+        if name not in others:
+            allowed = f"one of {', '.join(others)}, or all" if others else "a second arm is needed"
+            raise UsageError(f"--fidelity = {name} is not allowed: {allowed}; the first arm is what they are held to.")
+    return asked

@@ -1,7 +1,8 @@
 """What a comparison of servers found, as plain data: written by the run, read by the verdict and the reports.
 
-A folder of results holds ``plan.json`` (:class:`Plan`) and ``cells.jsonl``, one :class:`Cell` a line, each written as
-soon as it is known: whatever ends a run, what it has is on disk.
+A folder of results holds ``plan.json`` (:class:`Plan`), ``cells.jsonl``, one :class:`Cell` a line, and where fidelity
+was measured ``fidelity.jsonl``, one :class:`.fidelity.Probe` a line; each is written as soon as it is known: whatever
+ends a run, what it has is on disk.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-PLAN, CELLS = "plan.json", "cells.jsonl"
+from vllm_specplug.ab.fidelity import Probe
+
+PLAN, CELLS, FIDELITY = "plan.json", "cells.jsonl", "fidelity.jsonl"
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,8 @@ class Plan:
         repeats: of every block under every load.
         seed: of sampling, order and arrivals.
         failures: arm: why it was left out, with the last lines of its log.
-        facts: versions, machine, date, as :mod:`.environment` finds them.
+        facts: versions, machine, date, as :mod:`.environment` finds them; ``approximate``: arms that are known to be;
+            ``fidelity``: what :mod:`.fidelity_run` says of its pass.
     """
 
     arms: list[Arm]
@@ -151,8 +157,17 @@ def write_plan(folder: Path, plan: Plan) -> None:
 
 def add_cell(folder: Path, cell: Cell) -> None:
     """Append a cell. Raises ``OSError``; then the file ends as it did before, or in a line that reading leaves out."""
-    line = json.dumps(dataclasses.asdict(cell)) + "\n"
-    with (folder / CELLS).open("a", encoding="utf-8") as file:
+    _add(folder / CELLS, cell)
+
+
+def add_probe(folder: Path, probe: Probe) -> None:
+    """Append a probe, as :func:`add_cell`."""
+    _add(folder / FIDELITY, probe)
+
+
+def _add(place: Path, row: Cell | Probe) -> None:
+    line = json.dumps(dataclasses.asdict(row)) + "\n"
+    with place.open("a", encoding="utf-8") as file:
         file.write(line)
         file.flush()
 
@@ -169,14 +184,31 @@ def read(folder: Path) -> tuple[Plan, list[Cell]]:
         plan = Plan(arms=arms, loads=loads, **raw)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / PLAN}: no plan of a comparison: {error}") from error
-    cells = []
-    place = folder / CELLS
+    return plan, _rows(folder / CELLS, "cell", _cell)
+
+
+def read_probes(folder: Path) -> list[Probe]:
+    """All whole probes of a run; none where fidelity was not measured. Raises ``ValueError`` as :func:`read`."""
+    return _rows(folder / FIDELITY, "probe", _probe)
+
+
+def _rows(place: Path, what: str, make: Callable[[dict[str, Any]], Row]) -> list[Row]:
+    found = []
     lines = place.read_text(encoding="utf-8").split("\n") if place.exists() else [""]
     for number, line in enumerate(lines[:-1], 1):  # what follows the last line end was cut short
         try:
-            raw = json.loads(line)
-            load, replies = Load(**raw.pop("load")), [Reply(**r) for r in raw.pop("replies")]
-            cells.append(Cell(load=load, replies=replies, **raw))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{place}, line {number}: no cell of a comparison: {error}") from error
-    return plan, cells
+            found.append(make(json.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{place}, line {number}: no {what} of a comparison: {error}") from error
+    return found
+
+
+def _cell(raw: dict[str, Any]) -> Cell:
+    load, replies = Load(**raw.pop("load")), [Reply(**r) for r in raw.pop("replies")]
+    return Cell(load=load, replies=replies, **raw)
+
+
+def _probe(raw: dict[str, Any]) -> Probe:
+    # JSON has made text of the token ids.
+    own, exact = ([{int(k): float(v) for k, v in top.items()} for top in raw.pop(key)] for key in ("own", "exact"))
+    return Probe(own=own, exact=exact, **raw)

@@ -65,12 +65,14 @@ class Remote:
         self.arm = arm
         self.url = arm.url
         self.model = ""
+        #: Most tokens of a prompt and its output together; 0: it does not tell.
+        self.max_model_len = 0
 
     def start(self) -> None:
         """Nothing: it runs."""
 
     def wait_ready(self) -> None:
-        """Find out which model it serves.
+        """Find out which model it serves, and of which length.
 
         Raises:
             ServerFailed: it cannot be reached, or is no server of the OpenAI API.
@@ -80,7 +82,8 @@ class Remote:
         request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
         try:
             with _open(request, timeout=10) as answer:
-                self.model = str(json.load(answer)["data"][0]["id"])
+                card = json.load(answer)["data"][0]
+                self.model, self.max_model_len = str(card["id"]), int(card.get("max_model_len") or 0)
         except urllib.error.HTTPError as error:
             raise ServerFailed(f"{address} answers {error.code} {error.reason}") from None
         except (OSError, urllib.error.URLError) as error:

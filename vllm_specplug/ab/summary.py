@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_specplug.ab.fidelity import Figures as Fidelities
 from vllm_specplug.ab.intervals import Estimate
 from vllm_specplug.ab.measures import Figures, Percentiles
 from vllm_specplug.ab.verdict import Result, Verdict
@@ -19,7 +20,8 @@ from vllm_specplug.ab.verdict import Result, Verdict
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: Columns of the CSV; ``task`` is empty for all tasks together, ``low`` and ``high`` for what has no interval.
+#: Columns of the CSV; ``task`` is empty for all tasks together, ``load`` for fidelity, which has a pass of its own,
+#: ``low`` and ``high`` for what has no interval.
 COLUMNS = ("arm", "load", "task", "metric", "unit", "value", "low", "high")
 #: Control, format and surrogate characters; of the formats those that many scripts and emoji need may stay.
 _UNSEEN, _JOINERS = ("Cc", "Cf", "Cs"), "\u00ad\u200c\u200d"
@@ -51,6 +53,8 @@ def print_summary(verdict: Verdict, console: Console) -> None:
             line((name, "bold"), (printable(result.sentence), _MARKS[result.speed or "same"]))
         for caution in result.cautions:
             line(printable(f"  note: {result.arm}, {result.load}: {caution}"))
+    for found_out in verdict.fidelity:
+        line((printable(f"{found_out.arm}, fidelity: "), "bold"), printable(found_out.sentence))
     for arm, why in verdict.failures.items():
         line((printable(f"{arm} failed: "), "bold red"), printable(why, "\n"))
     for load in verdict.loads:
@@ -107,12 +111,41 @@ def write_csv(verdict: Verdict, path: Path) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
+
+    def row(arm: str, load: str, task: str, metric: str, unit: str, value: float | Estimate) -> None:
+        estimate = value if isinstance(value, Estimate) else Estimate(value)
+        figures = [_cell(x) for x in (estimate.value, estimate.low, estimate.high)]
+        writer.writerow([_safe(x) for x in (arm, load, task, metric, unit)] + figures)
+
     for result in verdict.results:
         for task, metric, unit, value in _rows(result):
-            estimate = value if isinstance(value, Estimate) else Estimate(value)
-            figures = [_cell(x) for x in (estimate.value, estimate.low, estimate.high)]
-            writer.writerow([_safe(x) for x in (result.arm, result.load, task, metric, unit)] + figures)
+            row(result.arm, result.load, task, metric, unit, value)
+    for fidelity in verdict.fidelity:
+        for task, figures in (("", fidelity.total), *fidelity.tasks.items()):
+            for metric, unit, value in _fidelity(figures) if figures else ():
+                row(fidelity.arm, "", task, metric, unit, value)
+        if fidelity.mat is not None:
+            row(fidelity.arm, "", "", "fidelity_mat", "tokens/step", fidelity.mat)
     replace_text(path, text.getvalue())
+
+
+def _fidelity(figures: Fidelities) -> Iterator[tuple[str, str, float | Estimate]]:
+    for name, forced in (("", figures.forced), ("control_", figures.noise)):
+        if forced is not None:
+            yield f"{name}forced_tokens", "tokens", forced.tokens
+            yield f"{name}top1_flips", "share of tokens", forced.flips
+            yield f"{name}kl_from_below", "nats/token", forced.kl
+            yield f"{name}perplexity", "of exact model", forced.perplexity
+    if figures.perplexity_change is not None:
+        yield "perplexity_change", "of control", figures.perplexity_change
+    free = figures.free
+    if free is not None:
+        yield "free_tokens_equal", "share of tokens", free.equal
+        yield "free_tokens_before_divergence", "share of tokens", free.before
+        yield "free_outputs_identical", "outputs", free.identical
+        yield "free_outputs_compared", "outputs", free.requests
+        for share in (0.1, 0.5, 0.9) if free.divergences else ():
+            yield f"free_first_divergence_p{share * 100:.0f}", "tokens", free.quantile(share) or 0.0
 
 
 def _cell(value: float | None) -> str:

@@ -17,10 +17,11 @@ from typing import Any, Literal
 import numpy as np
 
 from vllm_specplug.ab import measures
+from vllm_specplug.ab.fidelity import Fidelity, Probe, judge_arm
 from vllm_specplug.ab.intervals import Estimate, paired_ratio
 from vllm_specplug.ab.measures import Drafting, Figures, answered
 from vllm_specplug.ab.noise import Noise, look
-from vllm_specplug.ab.outputs import Output, Pair, Reference, judge_greedy, judge_sampled
+from vllm_specplug.ab.outputs import Output, Pair, Reference, approximate, judge_greedy, judge_sampled
 from vllm_specplug.ab.results import Arm, Cell, Load, Plan, Reply
 
 #: Differences in speed below that are none.
@@ -99,6 +100,7 @@ class Verdict:
         failures: arm: why it has no results, or not all.
         settings: what was compared: the plan's model, workload, counts, temperature, seed.
         facts: the plan's.
+        fidelity: of the arms for which it was to be measured, in order.
     """
 
     control: str
@@ -108,14 +110,18 @@ class Verdict:
     failures: dict[str, str]
     settings: dict[str, Any]
     facts: dict[str, Any]
+    fidelity: list[Fidelity] = field(default_factory=list)
 
     def of(self, arm: str, load: str) -> Result | None:
         """The result of an arm under a load."""
         return next((r for r in self.results if (r.arm, r.load) == (arm, load)), None)
 
 
-def judge(plan: Plan, cells: Sequence[Cell]) -> Verdict:
+def judge(plan: Plan, cells: Sequence[Cell], probes: Sequence[Probe] = ()) -> Verdict:
     """Judge every arm under every load that has cells. Whatever is missing is left out, not guessed.
+
+    Args:
+        probes: what the pass for fidelity found, if there was one.
 
     Raises:
         ValueError: the plan has no arms.
@@ -152,7 +158,25 @@ def judge(plan: Plan, cells: Sequence[Cell]) -> Verdict:
             "seed": plan.seed,
         },
         facts=dict(plan.facts),
+        fidelity=_fidelity(plan, probes),
     )
+
+
+def _fidelity(plan: Plan, probes: Sequence[Probe]) -> list[Fidelity]:
+    told = plan.facts.get("fidelity") or {}
+    skipped, mat = told.get("skipped") or {}, told.get("mat") or {}
+    control = plan.arms[0].name
+    own = [probe for probe in probes if probe.arm == control]
+    found = []
+    for arm in plan.arms[1:]:
+        mine = [probe for probe in probes if probe.arm == arm.name]
+        known = arm.name in plan.facts.get("approximate", ())
+        if mine:
+            rates = (mat.get(arm.name), mat.get(control))
+            found.append(judge_arm(arm.name, known, mine, own, plan.tasks, rates, plan.seed))
+        elif arm.name in skipped:
+            found.append(Fidelity(arm.name, known, f"fidelity was not measured: {skipped[arm.name]}"))
+    return found
 
 
 def _result(
@@ -174,6 +198,9 @@ def _result(
     else:
         paired = _compare(plan, mine, base)
         output = _judge_output(plan, cells, load, mine, base)
+        loose = plan.facts.get("approximate", ())
+        if output is not None and (arm in loose or plan.arms[0].name in loose):
+            output = approximate(output, arm not in loose)
         speed, told = judge_speed(paired.speed, noise, total.requests, len(mine))
         sentence = f"{told}, {output.sentence}" if output is not None else told
         if speed in ("faster", "slower"):

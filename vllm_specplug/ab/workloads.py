@@ -155,6 +155,21 @@ def _shares(sizes: Sequence[int], count: int) -> list[int]:
     return [share + least for share in shares]
 
 
+def too_long(requests: Sequence[Request], output_tokens: int, limit: int) -> str:
+    """A line for the user where prompts given as token ids and their outputs do not fit in a server's context of
+    ``limit`` tokens (0: unknown), which then cuts outputs short or refuses; else empty. Of text nothing is known."""
+    sizes = [len(request.prompt) for request in requests if isinstance(request.prompt, list)]
+    # One more than that: fidelity has the control read a prompt with its output and say one token.
+    over = sum(size + output_tokens + 1 > limit for size in sizes)
+    if not limit or not over:
+        return ""
+    return (
+        f"{over} of {len(requests)} requests do not fit in a context of {limit} tokens: prompts of up to {max(sizes)} "
+        f"and {output_tokens} of output need --max-model-len={max(sizes) + output_tokens + 1} (see --serve-args), if "
+        "the model has as many positions. Their outputs are cut short or missing."
+    )
+
+
 def cut(requests: Sequence[Request], blocks: int, at_least: int) -> list[list[Request]]:
     """``requests`` in at most ``blocks`` parts of nearly equal size, each of ``at_least`` if there are as many."""
     parts = max(1, min(blocks, len(requests) // max(at_least, 1)))

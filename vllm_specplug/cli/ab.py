@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from vllm_specplug.ab.compare import Progress
     from vllm_specplug.ab.workloads import Request
 
-#: The embedded model's servers start in half a minute with these flags, and in minutes without.
-EMBEDDED_ARGS = ("--enforce-eager", "--max-model-len=4096")
+#: Context of the embedded model's servers: as short as is usual, or all its positions where requests need them.
+EMBEDDED_LENGTHS = (4096, 8192)
 SUMMARY_JSON, SUMMARY_CSV, REPORT = "summary.json", "summary.csv", "report.html"
 
 _DESCRIPTION = """\
@@ -66,6 +66,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--port", metavar="N", help="the first server's; the next follow (default: any free)")
     parser.add_argument("--timeout-s", metavar="S", help=f"for one answer (default: {default.timeout_s:g})")
     parser.add_argument("--start-timeout-s", metavar="S", help=f"for a start (default: {default.start_timeout_s:g})")
+    parser.add_argument(
+        "--fidelity",
+        metavar="ARM,...",
+        help="how far these arms are from the exact model, or all (default: those that are approximate by design)",
+    )
+    parser.add_argument(
+        "--fidelity-requests",
+        metavar="N",
+        help=f"on so many requests, in a pass of its own (default: {default.fidelity_requests}; 0: none)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the results (default: named after the time)")
     parser.set_defaults(run=run)
 
@@ -90,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         requests = workloads.sample(workloads.read(settings.workload), settings.requests, settings.seed)
     except plan.UsageError as error:
         raise CommandError(str(error)) from None
-    settings = _with_model(settings, console)
+    settings = _with_model(settings, requests, console)
     folder = _folder(settings.out)
     name = settings.workload.name if settings.workload else plan.BUNDLED
     for line in (*notes, *_introduction(settings, name, len(requests), folder)):
@@ -115,7 +125,7 @@ def _folder(out: Path | None) -> Path:
     return folder
 
 
-def _with_model(settings: plan.Settings, console: Any) -> plan.Settings:
+def _with_model(settings: plan.Settings, requests: Sequence[Request], console: Any) -> plan.Settings:
     """The settings with the embedded model where one is needed and none is named. Raises :class:`CommandError`."""
     if not settings.starts_servers:
         return settings
@@ -130,7 +140,16 @@ def _with_model(settings: plan.Settings, console: Any) -> plan.Settings:
     if not model.is_exported(directory):
         with console.status("Exporting the embedded model (about 20 s)"):
             model.export(directory)
-    return dataclasses.replace(settings, model=str(directory), serve_args=settings.serve_args or EMBEDDED_ARGS)
+    args = settings.serve_args or embedded_args(requests, settings.output_tokens)
+    return dataclasses.replace(settings, model=str(directory), serve_args=args)
+
+
+def embedded_args(requests: Sequence[Request], output_tokens: int) -> tuple[str, ...]:
+    """Flags with which the embedded model's servers start in half a minute, not in minutes, and hold ``requests``."""
+    # Of text it is a guess: three characters a token, and what the chat template adds.
+    sizes = [len(r.prompt) if isinstance(r.prompt, list) else len(r.prompt) // 3 + 64 for r in requests]
+    fits = [length for length in EMBEDDED_LENGTHS if max(sizes) + output_tokens < length]
+    return ("--enforce-eager", f"--max-model-len={fits[0] if fits else EMBEDDED_LENGTHS[-1]}")
 
 
 def _introduction(settings: plan.Settings, workload: str, requests: int, folder: Path) -> list[str]:
@@ -194,11 +213,12 @@ def write_reports(folder: Path, console: Any) -> int:
 
     try:
         found, cells = results.read(folder)
+        probes = results.read_probes(folder)
     except ValueError as error:
         raise CommandError(str(error)) from None
     if not any(cell.replies for cell in cells):
         raise CommandError(f"{folder}: nothing was measured, so there is nothing to report.")
-    judged = verdict.judge(found, cells)
+    judged = verdict.judge(found, cells, probes)
     summary.print_summary(judged, console)
 
     def page(path: Path) -> None:
