@@ -41,6 +41,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     export_parser = actions.add_parser("export", help="write it as a checkpoint that vLLM can load")
     export_parser.add_argument("dir", type=Path, metavar="DIR", help="directory to create")
     export_parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    export_parser.add_argument(
+        "--moe", action="store_true", help="split its feed-forward layers into experts (takes minutes)"
+    )
     export_parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
     export_parser.set_defaults(run=run)
 
@@ -48,10 +51,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Export, and say where and how big."""
     started = time.monotonic()
-    export(args.dir, dtype=args.dtype, force=args.force)
+    export(args.dir, dtype=args.dtype, force=args.force, moe=args.moe)
     size = sum(f.stat().st_size for f in args.dir.rglob("*") if f.is_file()) / 1e6
     print(
-        f"Exported SmolLM2-135M-Instruct ({args.dtype}, {size:.0f} MB) to {args.dir} "
+        f"Exported SmolLM2-135M-Instruct{' as a mixture of experts' if args.moe else ''} "
+        f"({args.dtype}, {size:.0f} MB) to {args.dir} "
         f"in {time.monotonic() - started:.0f} s"
     )
     return 0
@@ -70,8 +74,8 @@ def is_exported(directory: Path) -> bool:
     return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
 
 
-def export(directory: Path, *, dtype: str = "bfloat16", force: bool = False) -> None:
-    """Write the embedded model to ``directory``.
+def export(directory: Path, *, dtype: str = "bfloat16", force: bool = False, moe: bool = False) -> None:
+    """Write the embedded model to ``directory``; as a mixture of experts (:mod:`vllm_specplug.moe_split`) if ``moe``.
 
     The files are written next to it and renamed at the end, so an interrupted export leaves nothing that looks
     finished.
@@ -96,7 +100,12 @@ def export(directory: Path, *, dtype: str = "bfloat16", force: bool = False) -> 
     except OSError as error:
         raise CommandError(f"model export: cannot write to {directory.parent}: {error.strerror}.") from None
     try:
-        _convert(_gguf_file(), work, dtype)
+        if moe:
+            with tempfile.TemporaryDirectory(dir=work.parent) as dense:
+                _convert(_gguf_file(), Path(dense), dtype)
+                _split(Path(dense), work)
+        else:
+            _convert(_gguf_file(), work, dtype)
         work.chmod(0o755)  # mkdtemp makes it private; a server may run as another user
         if directory.exists():
             shutil.rmtree(directory)
@@ -138,6 +147,15 @@ def _convert(gguf: Path, target: Path, dtype: str) -> None:
         tokenizer.save_pretrained(target)
     for file in target.iterdir():
         file.chmod(0o644)  # safetensors makes its files private; a server may run as another user
+
+
+def _split(dense: Path, target: Path) -> None:
+    with _quiet():
+        from vllm_specplug import moe_split
+
+        moe_split.split(dense, target)
+    for file in target.iterdir():
+        file.chmod(0o644)
 
 
 @contextlib.contextmanager
