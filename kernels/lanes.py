@@ -117,6 +117,10 @@ def _bigger(builder: Builder, a: Value, b: Value) -> Value:
     return builder.select(builder.fcmp_ordered("ogt", a, b), a, b)
 
 
+def _smaller(builder: Builder, a: Value, b: Value) -> Value:
+    return builder.select(builder.fcmp_ordered("olt", a, b), a, b)
+
+
 def _exp2(builder: Builder, x: Value) -> Value:
     """2^x for x <= 0, 0 below -126; relative error 2e-7."""
     vanishes = builder.fcmp_ordered("olt", x, _constant(-126.0))
@@ -175,18 +179,58 @@ tile_6_2, tile_3_2, tile_1_2 = _tile(6, 2), _tile(3, 2), _tile(1, 2)
 tile_6_1, tile_3_1, tile_1_1 = _tile(6, 1), _tile(3, 1), _tile(1, 1)
 
 
+def _fold(start: float, combine: Callable[[Builder, Value, Value], Value]) -> Any:
+    @intrinsic
+    def fold(typingctx, kind, row, vectors):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            _, row, vectors = args
+            best = cgutils.alloca_once_value(builder, _constant(start))
+            with cgutils.for_range(builder, vectors) as loop:
+                values = _read(builder, kind, _add(builder, row, loop.index, LANES * _width(kind)))
+                builder.store(combine(builder, values, builder.load(best)), best)
+            return _reduce(builder, builder.load(best), lambda a, b: combine(builder, a, b))
+
+        return types.float32(kind, types.int64, types.int64), codegen
+
+    return fold
+
+
+#: ``row_largest(kind, row, vectors)``, and so on: one float32 of the elements of a row.
+row_largest = _fold(-math.inf, _bigger)
+row_smallest = _fold(math.inf, _smaller)
+row_sum = _fold(0.0, lambda builder, a, b: builder.fadd(a, b))
+
+
 @intrinsic
-def row_max(typingctx, row, vectors):  # type: ignore[no-untyped-def]
-    """The largest of a float32 row."""
+def row_add(typingctx, source, target, vectors, factor):  # type: ignore[no-untyped-def]
+    """``target[i] += factor * source[i]``, float32 rows."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        best = cgutils.alloca_once_value(builder, _constant(-np.inf))
-        with cgutils.for_range(builder, args[1]) as loop:
-            values = _read(builder, types.float32, _add(builder, args[0], loop.index, LANES * 4))
-            builder.store(_bigger(builder, values, builder.load(best)), best)
-        return _reduce(builder, builder.load(best), lambda a, b: _bigger(builder, a, b))
+        source, target, vectors, factor = args
+        factor = _splat(builder, factor)
+        with cgutils.for_range(builder, vectors) as loop:
+            place = _add(builder, target, loop.index, LANES * 4)
+            values = _read(builder, types.float32, _add(builder, source, loop.index, LANES * 4))
+            _write(builder, types.float32, _fma(builder, factor, values, _read(builder, types.float32, place)), place)
+        return context.get_dummy_value()
 
-    return types.float32(types.int64, types.int64), codegen
+    return types.void(types.int64, types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
+def row_signs(typingctx, source, positive, negative, vectors):  # type: ignore[no-untyped-def]
+    """Split a float32 row into its positive and its negative part, zero elsewhere."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        source, positive, negative, vectors = args
+        with cgutils.for_range(builder, vectors) as loop:
+            values = _read(builder, types.float32, _add(builder, source, loop.index, LANES * 4))
+            for target, pick in ((positive, _bigger), (negative, _smaller)):
+                place = _add(builder, target, loop.index, LANES * 4)
+                _write(builder, types.float32, pick(builder, values, _constant(0.0)), place)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic

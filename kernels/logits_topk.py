@@ -12,7 +12,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm_specplug.kernels.lanes import KINDS, LANES, exp2, load_number, row_copy, row_exp2, row_max
+from vllm_specplug.kernels.lanes import KINDS, LANES, exp2, load_number, row_copy, row_exp2, row_largest
 from vllm_specplug.kernels.memory import kernel
 
 # Elements whose maximum is compared with the worst of the best before any of them is.
@@ -49,7 +49,7 @@ def _rows(
         while start < size:
             end = min(start + _BLOCK, whole)
             if start < whole:
-                if not row_max(scratch + start * 4, (end - start) // LANES) > worst:
+                if not row_largest(np.float32(0), scratch + start * 4, (end - start) // LANES) > worst:
                     start = end
                     continue
             else:

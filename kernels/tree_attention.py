@@ -23,7 +23,7 @@ class TreeBatch(NamedTuple):
 
     Attributes:
         starts: ``int32[n]`` first row of each tree among the step's flattened rows.
-        sizes: ``int32[n]`` rows of each tree, its root included; at least 2.
+        sizes: ``int32[n]`` rows of each tree, its root included.
         contexts: ``int32[n]`` tokens in the cache before the root.
         requests: ``int32[n]`` row of each tree in the block table.
         depths: ``int32[R]`` steps from the root.
@@ -78,8 +78,8 @@ def build_trees(
             raise ValueError(f"{name} must be int32 with one dimension, got {array.dtype} {array.shape}")
         if name != "parents" and len(array) != len(starts):
             raise ValueError(f"{name} has {len(array)} entries for {len(starts)} trees")
-        if name != "parents" and len(array) and array.min() < (2 if name == "sizes" else 0):
-            raise ValueError(f"{name} must be at least {2 if name == 'sizes' else 0}, got {array.min()}")
+        if name != "parents" and len(array) and array.min() < (1 if name == "sizes" else 0):
+            raise ValueError(f"{name} must be at least {1 if name == 'sizes' else 0}, got {array.min()}")
     total = int(sizes.sum())
     if len(parents) != total:
         raise ValueError(f"parents has {len(parents)} entries for {total} rows")

@@ -23,6 +23,7 @@ import functools
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,58 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from vllm_specplug.kernels import lanes
+from vllm_specplug.kernels.attention_tiles import (
+    BLOCK_SIZE,
+    CHOSEN,
+    CHOSEN_HEAD,
+    CHOSEN_TREE,
+    CONTEXTS,
+    DEPTHS,
+    ELEMENT,
+    HEAD_SIZE,
+    HEADS,
+    KEY,
+    KEY_BLOCK,
+    KEY_HEAD,
+    KEY_RUN,
+    KEY_STRIDE,
+    KEY_TABLE,
+    KEYS_IN_PLACE,
+    KV_HEADS,
+    NEXT_ITEM,
+    NEXT_WORKER,
+    OUT,
+    OUT_HEAD,
+    OUT_ROW,
+    PANEL_KEYS,
+    QUERY,
+    QUERY_HEAD,
+    QUERY_ROW,
+    REQUESTS,
+    ROWS_AT_ONCE,
+    SCALE,
+    SCRATCH,
+    SCRATCH_BYTES,
+    SIZES,
+    STARTS,
+    TABLE,
+    TABLE_ROW,
+    TAILS,
+    TREES,
+    VALUE,
+    VALUE_BLOCK,
+    VALUE_HEAD,
+    VALUE_RUN,
+    VALUE_TABLE,
+    VALUES_IN_PLACE,
+    VISIBLE,
+    VISIBLE_ROW,
+    WINDOW,
+    WORDS,
+    attend_chosen,
+    multiply,
+    weigh,
+)
 from vllm_specplug.kernels.kv_cache_cpu import (
     Cache,
     CacheLayout,
@@ -40,7 +93,7 @@ from vllm_specplug.kernels.kv_cache_cpu import (
     prepare_caches,
     probe_layout,
 )
-from vllm_specplug.kernels.lanes import LANES, WIDE
+from vllm_specplug.kernels.lanes import LANES
 from vllm_specplug.kernels.memory import _stamp, kernel, load
 from vllm_specplug.kernels.tree_attention import DTYPES, TreeBatch, check_trees
 
@@ -58,20 +111,10 @@ __all__ = [
 
 # Query heads of tree rows handled together: bounds the working memory. 24 to 192 were equally fast.
 MOST_QUERIES = 96
-# Keys whose scores are held at a time, rounded down to whole blocks (at least one). 128 was slower, 512 no faster.
-PANEL_KEYS = 256
 # A call's work is shared by threads from this many multiplications and additions on, about 10 us of one thread.
 PARALLEL_WORK = 2_000_000
 LOG2_E = math.log2(math.e)
 
-# Words of a call's description, all int64 but the scale; up to there they change with the layer, see `_LAYER`.
-QUERY, OUT, KEY, VALUE = range(4)
-QUERY_ROW, QUERY_HEAD, OUT_ROW, OUT_HEAD, KEY_BLOCK, KEY_HEAD, VALUE_BLOCK, VALUE_HEAD = range(4, 12)  # bytes
-HEADS, KV_HEADS, WINDOW, ROWS_AT_ONCE, SCRATCH, SCRATCH_BYTES, NEXT_ITEM, NEXT_WORKER, SCALE = range(12, 21)
-HEAD_SIZE, BLOCK_SIZE, ELEMENT, KEYS_IN_PLACE, VALUES_IN_PLACE = range(21, 26)
-KEY_TABLE, VALUE_TABLE, KEY_RUN, VALUE_RUN, KEY_STRIDE = range(26, 31)
-TREES, STARTS, SIZES, CONTEXTS, REQUESTS, DEPTHS, VISIBLE, VISIBLE_ROW, TABLE, TABLE_ROW = range(31, 41)
-WORDS = 48
 _LAYER = struct.Struct("=20qf")
 
 
@@ -142,6 +185,7 @@ def tree_attention_cpu(
     window: int,
     layout: CacheLayout,
     step: PreparedStep | None = None,
+    choose: Callable[[int], None] | None = None,
 ) -> None:
     """`tree_attention_reference` over caches in ``layout``; sums in float32, in another order.
 
@@ -150,6 +194,8 @@ def tree_attention_cpu(
         key_cache, value_cache: ``[blocks, kv_heads, block_size, head_size]`` as vLLM's CPU backend slices them.
         block_table, trees, layout: as given to `prepare_step`.
         step: what `prepare_step` returned for them; prepared here where it is missing. Nothing else is validated.
+        choose: called with the address of the call's description before any row is attended: it may choose the units
+            of the context that are (see `sparse_attention_cpu`).
     """
     if step is None:
         step = prepare_step(trees, block_table, layout)
@@ -179,6 +225,8 @@ def tree_attention_cpu(
         *(heads, kv_heads, window, rows_at_once, scratch.ctypes.data, scratch.strides[0], 0, 0),
         scale * LOG2_E,
     )
+    if choose is not None:
+        choose(step.address)
     if threads > 1:
         _gomp_parallel()(_worker(layout.dtype), step.address, threads, 0)
     else:
@@ -186,44 +234,6 @@ def tree_attention_cpu(
 
 
 _KINDS = {dtype: lanes.KINDS[str(dtype).removeprefix("torch.")] for dtype in DTYPES}
-
-
-@kernel
-def _multiply(kind, a, lda, b, ldb, element, c, ldc, rows, vectors, depth, keep):  # type: ignore[no-untyped-def]
-    """C (+)= A B, see `lanes.tile_6_wide`; B is read once per six rows while it is in the nearest cache."""
-    v = 0
-    while v < vectors:
-        wide = WIDE if vectors - v >= WIDE else 2 if vectors - v >= 2 else 1
-        columns = b + v * LANES * element
-        r = 0
-        while r < rows:
-            left = rows - r
-            taken = 6 if left >= 6 else 3 if left >= 3 else 1
-            x = a + r * lda
-            y = c + r * ldc + v * LANES * 4
-            if wide == WIDE:
-                if taken == 6:
-                    lanes.tile_6_wide(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-                elif taken == 3:
-                    lanes.tile_3_wide(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-                else:
-                    lanes.tile_1_wide(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-            elif wide == 2:
-                if taken == 6:
-                    lanes.tile_6_2(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-                elif taken == 3:
-                    lanes.tile_3_2(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-                else:
-                    lanes.tile_1_2(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-            else:
-                if taken == 6:
-                    lanes.tile_6_1(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-                elif taken == 3:
-                    lanes.tile_3_1(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-                else:
-                    lanes.tile_1_1(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-            r += taken
-        v += wide
 
 
 @kernel
@@ -303,6 +313,15 @@ def _attend(kind, call, scratch, tree, base, head, first, rows):  # type: ignore
     # No row sees below what the root sees.
     block = max(0, context + 1 - window) // block_size if window >= 0 else 0
     fresh = True
+    chosen = lanes.load_wide(call, CHOSEN)
+    if chosen != 0 and window < 0:
+        chosen += tree * lanes.load_wide(call, CHOSEN_TREE) + head * lanes.load_wide(call, CHOSEN_HEAD)
+        if load(chosen, 0) >= 0:
+            fresh = attend_chosen(
+                kind, call, chosen, table, keys_at, values_at,
+                packed, sums, scores, row_bytes, maxima, totals, gathered, queries,
+            )  # fmt: skip
+            block = load(lanes.load_wide(call, TAILS), tree)
     while block * block_size < total:
         panel = block * block_size
         count = min(panel_blocks, (total - panel + block_size - 1) // block_size)
@@ -319,27 +338,14 @@ def _attend(kind, call, scratch, tree, base, head, first, rows):  # type: ignore
                 key_table = lanes.load_wide(call, KEY_TABLE)
                 lanes.row_gather(kind, from_keys, key_table, gathered, every, lanes.load_wide(call, KEY_RUN))
                 from_keys = gathered
-            _multiply(
+            multiply(
                 kind, packed, width, from_keys, pitch, element,
                 target, row_bytes, queries, groups, head_size, 0,
             )  # fmt: skip
         padded = (columns + LANES - 1) // LANES
         if panel + padded * LANES > context or window >= 0:
             _mask(call, scores, row_bytes, panel, padded * LANES, context, base, first, rows, group, window)
-        for q in range(queries):
-            line = scores + q * row_bytes
-            before = lanes.load_number(maxima, q)
-            largest = max(before, lanes.row_max(line, padded))
-            # A row that has seen nothing yet: any finite shift makes all weights 0.
-            shift = largest if largest > np.float32(-np.inf) else np.float32(0)
-            added = lanes.row_exp2(line, padded, shift)
-            if not fresh:
-                fade = lanes.exp2(before - shift)
-                added += lanes.load_number(totals, q) * fade
-                if before < largest:
-                    lanes.row_copy(floats, sums + q * width, floats, sums + q * width, vectors, fade)
-            lanes.store_number(maxima, q, largest)
-            lanes.store_number(totals, q, added)
+        weigh(scores, row_bytes, padded, queries, maxima, totals, sums, width, vectors, fresh)
         for i in range(count):
             # Not one key more: what lies in slots never written may be NaN.
             keys = min(block_size, total - panel - i * block_size)
@@ -351,7 +357,7 @@ def _attend(kind, call, scratch, tree, base, head, first, rows):  # type: ignore
                 every = keys * vectors
                 lanes.row_gather(kind, from_values, value_table, gathered, every, lanes.load_wide(call, VALUE_RUN))
                 from_values = gathered
-            _multiply(
+            multiply(
                 kind, weights, row_bytes, from_values, head_size * element, element,
                 sums, width, queries, vectors, keys, keep,
             )  # fmt: skip

@@ -144,7 +144,7 @@ def test_build_trees_refuses_parents_that_come_later(parents):
     [
         ({"starts": np.zeros(1, np.int64)}, "starts must be int32"),
         ({"starts": int32(-1)}, "starts must be at least 0"),
-        ({"sizes": int32(1), "parents": int32(-1)}, "sizes must be at least 2"),
+        ({"sizes": int32(0), "parents": int32()}, "sizes must be at least 1"),
         ({"contexts": int32(1, 2)}, "contexts has 2 entries for 1 trees"),
         ({"parents": int32(-1, 0)}, "parents has 2 entries for 3 rows"),
     ],

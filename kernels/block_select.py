@@ -1,0 +1,132 @@
+"""Which units of a long context a layer attends to: summaries of keys, scores, budgets; the definitions.
+
+A *unit* is ``unit`` consecutive cache slots of one request. Of a request with ``context`` tokens in the cache, the
+units before the *tail* can be left out; the tail, from a block boundary on, and the first units never are. What is here
+defines the compiled kernels of `sparse_attention_cpu`, which are tested against it.
+
+Scores follow Quest (arXiv 2406.10774) or the mean key (arXiv 2512.21911, as far as its text is known); heads are joined
+by the soft vote of TokenSelect (arXiv 2411.02886): each query head's scores become a distribution over the units, and
+the distributions are averaged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Float32Array = npt.NDArray[np.float32]
+Int32Array = npt.NDArray[np.int32]
+
+#: What a unit's summary holds and how a query scores it: ``minmax``: the least and the largest of each dimension of its
+#: keys, an upper bound of every key's product; ``mean``: its mean key.
+SUMMARIES = ("minmax", "mean")
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """How units are chosen.
+
+    Attributes:
+        unit: slots per unit; divides the KV cache's block size.
+        summary: one of `SUMMARIES`.
+        first: tokens at the beginning that are always attended, rounded up to units.
+        last: tokens before the rows to verify that are always attended, at least; rounded up to whole blocks.
+        dense_below: contexts of up to so many tokens are attended whole.
+        ratio: share of what lies beyond that is attended.
+        by_head: each KV head chooses by its own query heads; else all heads of the layer by one vote.
+        all_rows: all rows to verify vote; else the first, the last accepted token.
+    """
+
+    unit: int = 32
+    summary: str = "minmax"
+    first: int = 32
+    last: int = 64
+    dense_below: int = 1024
+    ratio: float = 0.2
+    by_head: bool = False
+    all_rows: bool = False
+
+    def tail_block(self, context: int, block_size: int) -> int:
+        """First block of the tail."""
+        return max(0, context - self.last) // block_size
+
+    def budget(self, context: int) -> int:
+        """Tokens of a context to attend, those always attended included; the whole context if it is short."""
+        if context <= self.dense_below:
+            return context
+        return min(context, int(self.dense_below + self.ratio * (context - self.dense_below)))
+
+    def units(self, context: int, block_size: int, share: float = 1.0) -> int:
+        """Units to attend before the tail: of the budget times ``share`` (a head's, relative to the mean) what the tail
+        leaves, at least the first ones."""
+        tail = self.tail_block(context, block_size) * block_size
+        wanted = int(self.budget(context) * share) - (context - tail)
+        return min(tail // self.unit, max(-(-wanted // self.unit), -(-self.first // self.unit)))
+
+
+def summarise(keys: torch.Tensor, summary: str) -> torch.Tensor:
+    """Summaries of units.
+
+    Args:
+        keys: ``[..., unit, head_size]``.
+        summary: one of `SUMMARIES`.
+
+    Returns:
+        ``float32[..., parts, head_size]``: the largest and the least (``minmax``), or the mean.
+    """
+    keys = keys.float()
+    if summary == "mean":
+        return keys.mean(-2, keepdim=True)
+    return torch.stack([keys.amax(-2), keys.amin(-2)], -2)
+
+
+def scores_reference(query: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
+    """Unscaled scores ``float32[heads, rows, units]``.
+
+    Args:
+        query: ``[rows, heads, head_size]``.
+        summaries: ``float32[kv_heads, units, parts, head_size]``; query head ``h`` uses KV head
+            ``h * kv_heads // heads``.
+    """
+    heads, kv_heads = query.shape[1], len(summaries)
+    of_heads = summaries.repeat_interleave(heads // kv_heads, dim=0)
+    rows = query.float().transpose(0, 1)
+    if summaries.shape[2] == 1:
+        return torch.einsum("hrd,hud->hru", rows, of_heads[:, :, 0])
+    positive = torch.einsum("hrd,hud->hru", rows.clamp(min=0), of_heads[:, :, 0])
+    return positive + torch.einsum("hrd,hud->hru", rows.clamp(max=0), of_heads[:, :, 1])
+
+
+def votes_reference(query: torch.Tensor, summaries: torch.Tensor, scale: float, by_head: bool) -> torch.Tensor:
+    """``float32[kv_heads, units]``: mean over the voting query heads and rows of the softmax of their scores over the
+    units; without ``by_head`` the same for all KV heads."""
+    shares = (scores_reference(query, summaries) * scale).softmax(-1)
+    kv_heads, units = summaries.shape[:2]
+    votes = shares.reshape(kv_heads, -1, units).mean(1)
+    return votes if by_head else votes.mean(0, keepdim=True).expand(kv_heads, units)
+
+
+def choose_reference(votes: torch.Tensor, counts: Int32Array, first: int) -> list[Int32Array]:
+    """Per KV head the ``counts[head]`` units of most votes, rising; among equal ones the earlier.
+
+    Args:
+        votes: ``float32[kv_heads, units]``.
+        counts: ``int32[kv_heads]``, none above the number of units.
+        first: units at the beginning that are chosen in any case; no count is below.
+    """
+    chosen = []
+    for head, count in enumerate(counts):
+        value = votes[head].clone()
+        value[:first] = torch.inf
+        order = torch.argsort(value, descending=True, stable=True)[: int(count)]
+        chosen.append(order.sort().values.numpy().astype(np.int32))
+    return chosen
+
+
+def overlap(a: Int32Array, b: Int32Array) -> float:
+    """Jaccard similarity of two sets of units; 1 if both are empty."""
+    union = len(np.union1d(a, b))
+    return len(np.intersect1d(a, b)) / union if union else 1.0
