@@ -14,6 +14,7 @@ expert, so that it loads no expert that is not loaded anyway; a caller may cut o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def vote(weights: torch.Tensor, ids: torch.Tensor, pools: npt.ArrayLike, num_exp
     """
     starts = np.asarray(pools)
     allowed = torch.zeros(len(starts) - 1, num_experts, dtype=torch.bool, device=weights.device)
-    for pool, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for pool, (start, end) in enumerate(itertools.pairwise(starts)):
         votes = torch.zeros(num_experts, dtype=torch.float64, device=weights.device)
         votes.index_add_(0, ids[start:end].flatten().long(), weights[start:end].flatten().double())
         allowed[pool, votes.sort(descending=True, stable=True).indices[:budget]] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_a_pool_uses_no_more_experts_than_voted(share: float) -> None:
         weights, ids, kept, _ = compiled(logits, 8, renormalize, edit, pools)
         own_weights, own_ids = softmax_route(logits, 8, renormalize)
         allowed = vote(own_weights, own_ids, pools, 64, edit.budget(64))
-        for pool, (start, end) in enumerate(zip(pools[:-1], pools[1:], strict=True)):
+        for pool, (start, end) in enumerate(itertools.pairwise(pools)):
             used = ids[start:end].unique().long()
             assert allowed[pool, used].all()
             assert len(used) <= edit.budget(64)
@@ -144,7 +145,7 @@ def test_only_named_rows_are_edited_and_logits_stay() -> None:
 
 
 def test_reference_serves_other_routers() -> None:
-    """A router that adds a bias to its choice, as DeepSeek's: a bias must not bring experts back that were voted out."""
+    """A router that adds a bias to its choice, as DeepSeek's: a bias must not bring back what was voted out."""
     logits = logits_of(6, 16)
     bias = torch.linspace(-1, 3, 16)
 
