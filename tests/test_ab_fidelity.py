@@ -128,7 +128,7 @@ def test_figures_of_known_distributions():
     assert (found.mat, found.control_mat) == (1.5, 1.0)
     assert found.sentence.startswith(
         "approximate: 25% (95% interval 25.0% to 25.0%) of tokens are not the exact model's choice "
-        "(noise of the control: 0.0%); perplexity +36.8% "
+        "(noise of the control: 0.0%); perplexity of its text +36.8% "
     )
     assert found.sentence.endswith("0 of 40 outputs are identical, the others part after 1 tokens (median)")
 
@@ -136,6 +136,8 @@ def test_figures_of_known_distributions():
 def test_an_arm_that_is_the_control_has_none_of_it():
     found = judge_arm("arm", False, made_up(0), made_up(0, arm="control"), ["a"]).total
     assert (found.forced.flips.value, found.forced.kl.value, found.perplexity_change.value) == (0, 0, 0)
+    # No flip among 1,280 tokens would be seen in 1 of 40 such runs if 0.29% of tokens were flips.
+    assert (1 - found.forced.flips.high) ** 1280 == pytest.approx(0.025)
     assert (found.free.identical, found.free.equal, found.free.divergences) == (40, 1, [])
 
 
@@ -257,9 +259,9 @@ def test_reports_say_it(judged, tmp_path, monkeypatch):
         "all",
         "a",
         "b",
-        "none itself",
+        "noise: none itself",
     ]
-    assert "0.0% (0.0%–0.0%)" in table and "25.0% (25.0%–25.0%)" in table  # noqa: RUF001
+    assert "0.0% (0.0%–0.3%)" in table and "25.0% (25.0%–25.0%)" in table  # noqa: RUF001
 
 
 def test_results_without_fidelity_are_as_before(tmp_path):
@@ -360,15 +362,16 @@ def test_where_it_cannot_be_measured_a_line_says_so(tmp_path, out, capsys, arms,
 @pytest.mark.parametrize(
     ("request_", "said"),
     [
-        (11, "sparse: fidelity was not measured: ended (did not answer: "),
-        (15, "sparse: 4 of 8 requests for fidelity failed, the first: did not answer: "),
+        (11, r"sparse: fidelity was not measured: ended \(did not answer: "),
+        # It may answer the request before that no more.
+        (15, "sparse: [45] of 8 requests for fidelity failed, the first: did not answer: "),
     ],
 )
 def test_a_server_that_dies_meanwhile_is_said_and_the_run_is_kept(tmp_path, out, capsys, request_, said):
     # 2 requests to warm up and 8 timed ones come before.
     _, probes, _ = run(tmp_path, out, "--arm=none", f"--arm=sparse=sparse --fake die={request_}", "--keep-servers")
-    assert said in " ".join(capsys.readouterr().out.split())
-    assert len(probes) == (0 if request_ == 11 else 8 + 4)
+    assert re.search(said, " ".join(capsys.readouterr().out.split()))
+    assert len(probes) in ([0] if request_ == 11 else [8 + 3, 8 + 4])
 
 
 def test_a_short_context_leaves_room_for_reading_and_is_noted(tmp_path, out, capsys):
@@ -412,23 +415,24 @@ def test_the_embedded_models_context_holds_long_prompts():
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_real_servers_of_another_precision(tmp_path):
+def test_real_servers_tell_an_exact_arm_from_one_of_another_precision(tmp_path):
     from engines import MODEL
     from prompts import chat_prompts
 
     file = tmp_path / "prompts.jsonl"
     rows = [{"task": "ab"[i % 2], "prompt": prompt} for i, prompt in enumerate(chat_prompts(8))]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["ab", str(MODEL), f"--workload={file}", "--arm=none", "--arm=f32=--dtype float32", "--arm=ngram"]
-    command += ["--serve-args=--enforce-eager --max-model-len=1024", "--fidelity=all", "--concurrency=1", "--repeats=1"]
-    assert main.main([*command, "--output-tokens=48", f"--out={tmp_path / 'out'}", "--in-turn"]) == 0
+    command = ["ab", str(MODEL), f"--workload={file}", "--arm=none", "--arm=auto", "--arm=half=--dtype bfloat16"]
+    command += ["--serve-args=--enforce-eager --dtype=float32 --max-model-len=1024", "--fidelity=all", "--repeats=1"]
+    arguments = ["--output-tokens=48", "--concurrency=1", "--in-turn", f"--out={tmp_path / 'out'}"]
+    assert main.main([*command, *arguments]) == 0
     made, cells = results.read(tmp_path / "out")
-    f32, ngram = judge(made, cells, results.read_probes(tmp_path / "out")).fidelity
-    for found in (f32, ngram):
-        assert found.total.forced.tokens > 200
-        # bfloat16 rounds logits to about 0.4%, so that only near ties fall the other way.
-        assert 0 <= found.total.noise.flips.value < 0.05
-        assert found.total.forced.flips.value < 0.08
-        assert found.total.forced.kl.value < 0.02
-        assert abs(found.total.perplexity_change.value) < 0.3, "few outputs, half of which part"
-    assert ngram.mat > 1.0 and ngram.control_mat == 1.0
+    auto, half = judge(made, cells, results.read_probes(tmp_path / "out")).fidelity
+    assert auto.total.forced.tokens > 200 and auto.total.free.identical == 8
+    assert auto.total.forced.flips.value == auto.total.noise.flips.value == 0
+    # What float32 leaves of a sum over 49,152 logits, and of chunks against single tokens.
+    assert auto.total.forced.kl.value < 1e-5 and auto.total.noise.kl.value < 1e-5
+    assert auto.mat > 1.2 and auto.control_mat == 1.0, "trees were verified while log-probabilities were told"
+    # bfloat16 rounds logits to about 0.4%, so that near ties fall the other way.
+    assert half.total.forced.flips.value < 0.05
+    assert 10 * auto.total.forced.kl.value < half.total.forced.kl.value < 0.01

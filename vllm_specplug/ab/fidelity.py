@@ -229,10 +229,18 @@ def _forced(sums: Floats, seed: int) -> Forced:
     return Forced(
         requests=int((sums[:, 0] > 0).sum()),
         tokens=int(sums[:, 0].sum()),
-        flips=_estimate(sums, lambda s: s[:, 1] / s[:, 0], seed),
+        flips=_flips(sums, seed),
         kl=_estimate(sums, lambda s: s[:, 2] / s[:, 0], seed),
         perplexity=_estimate(sums, _perplexity, seed),
     )
+
+
+def _flips(sums: Floats, seed: int) -> Estimate:
+    tokens, flips = sums[:, 0].sum(), sums[:, 1].sum()
+    if flips == 0 and len(sums) >= _FEWEST:
+        # None among so many: drawing them anew gives none again, which is no proof (Clopper and Pearson).
+        return Estimate(0.0, 0.0, float(1 - 0.025 ** (1 / max(tokens, 1))))
+    return _estimate(sums, lambda s: s[:, 1] / s[:, 0], seed)
 
 
 def _perplexity(sums: Floats) -> Floats:
@@ -278,8 +286,9 @@ def say(found: Figures, approximate: bool) -> str:
     parts = [
         f"{_share(forced.flips.value)}{_interval(forced.flips)} of tokens are not the exact model's choice ({own})"
     ]
-    if found.perplexity_change is not None:
-        parts.append(f"perplexity {found.perplexity_change.value:+.1%}{_interval(found.perplexity_change, '+')}")
+    change = found.perplexity_change
+    if change is not None:
+        parts.append(f"perplexity of its text {change.value:+.1%}{_interval(change, '+')}")
     floor = f" ({noise.kl.value:.2g})" if noise else ""
     parts.append(f"KL from the exact model at least {forced.kl.value:.2g} nats per token{floor}")
     if free is not None:

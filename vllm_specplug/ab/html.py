@@ -336,10 +336,12 @@ def _fidelity(verdict: Verdict) -> list[Table]:
     for arm in verdict.fidelity:
         if arm.total is None:
             continue
-        named = [("all", arm.total), *((printable(task), figures) for task, figures in arm.tasks.items())]
-        rows = [_faithful(name, figures.forced, figures, arm.mat if name == "all" else None) for name, figures in named]
+        rows = [_faithful("all", arm.total.forced, arm.total, arm.mat)]
+        if len(arm.tasks) > 1:
+            rows += [_faithful(printable(task), figures.forced, figures, None) for task, figures in arm.tasks.items()]
         if arm.total.noise is not None:
-            rows.append(_faithful(f"{printable(verdict.control)} itself", arm.total.noise, None, arm.control_mat))
+            control = f"noise: {printable(verdict.control)} itself"
+            rows.append(_faithful(control, arm.total.noise, None, arm.control_mat))
         found.append(Table(printable(arm.arm), _FIDELITY_COLUMNS, rows, {len(rows) - 1} if arm.total.noise else set()))
     return found
 
