@@ -244,7 +244,7 @@ def test_layers_are_the_references(llm, prompts, calibration, sparsity, concurre
             wanted, union = ffn_union_reference(x, *weights, tau)
             shares.append(float(union.float().mean()))
             act = torch.nn.functional.silu(x @ weights[0].T).abs()
-            if bool(((act.amax(0) - tau).abs() < 1e-5).any()):
+            if bool(((act.amax(0) - tau).abs() < 3e-6).any()):
                 near += 1
             else:
                 assert (out - wanted).abs().max() <= 1e-5 * max(float(wanted.abs().max()), 1.0)
@@ -259,7 +259,7 @@ def test_layers_are_the_references(llm, prompts, calibration, sparsity, concurre
             ffn.module.forward = beside(ffn, float(tau))
         try:
             with described(llm, step, rows):
-                greedy(llm, prompts[:COUNT], LENGTH, concurrency)
+                greedy(llm, prompts[:COUNT], LENGTH // 2, concurrency)
         finally:
             for ffn, forward in zip(ffns, replaced, strict=True):
                 ffn.module.forward = forward

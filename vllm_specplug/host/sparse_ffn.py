@@ -219,7 +219,7 @@ class _Layer:
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """The module's forward pass, rows ``[T, H]``."""
         owner = self._owner
-        if owner is None or x.dim() != 2 or not owner.acts(self, len(x)):
+        if owner is None or x.dim() != 2 or x.stride(1) != 1 or not owner.acts(self, len(x)):
             return self._own(x)
         out = torch.empty_like(x)
         share = self.compute(x, out) / self.ffn.channels
