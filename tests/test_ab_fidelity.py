@@ -130,7 +130,9 @@ def test_figures_of_known_distributions():
         "approximate: 25% (95% interval 25.0% to 25.0%) of tokens are not the exact model's choice "
         "(noise of the control: 0.0%); perplexity of its text +36.8% "
     )
-    assert found.sentence.endswith("0 of 40 outputs are identical, the others part after 1 tokens (median)")
+    assert found.sentence.endswith(
+        "0 of 40 outputs are identical, the others part after 1 tokens (median); 1.50 tokens per step"
+    )
 
 
 def test_an_arm_that_is_the_control_has_none_of_it():

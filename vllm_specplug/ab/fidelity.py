@@ -200,7 +200,7 @@ def judge_arm(
     return Fidelity(
         arm,
         approximate,
-        say(total, approximate),
+        say(total, approximate) + (f"; {mat[0]:.2f} tokens per step" if mat[0] is not None else ""),
         total,
         {task: _figures(found, control, seed) for task, found in by_task.items() if found},
         *mat,
