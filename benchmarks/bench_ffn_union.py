@@ -1,7 +1,7 @@
 """Feed-forward layers that skip channels: their time beside vLLM's own, and what skipping does to the model.
 
     python benchmarks/bench_ffn_union.py --prompts spec_bench.jsonl [--part time|step|fidelity ...] [--dtype bfloat16]
-                                         [--model PATH] [--csv benchmarks/results/ffn_union.csv]
+                                         [--threads N] [--model PATH] [--csv benchmarks/results/ffn_union.csv]
 
 Text: the summarisation and retrieval prompts of a Spec-Bench question file (news and encyclopaedia); thresholds are
 found on every second one, everything else is measured on the others.
@@ -382,6 +382,7 @@ def main() -> int:
     parser.add_argument("--part", nargs="+", choices=("time", "step", "fidelity"), default=["time", "step", "fidelity"])
     parser.add_argument("--model", type=Path, default=ROOT / ".models" / "smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--threads", type=int, help="of torch (default: as the engine has them)")
     parser.add_argument("--texts", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--tokens", type=int, default=120, help="tokens per request of part step")
@@ -390,6 +391,8 @@ def main() -> int:
     rows: list[Row] = []
     if {"time", "step"} & set(args.part):
         llm = start_engine(args)
+        if args.threads:
+            torch.set_num_threads(args.threads)
         calibration = calibrate(llm, texts(args.prompts, llm.get_tokenizer(), False, args.texts))
         ids = texts(args.prompts, llm.get_tokenizer(), True, args.texts)
         with torch.inference_mode():

@@ -154,7 +154,11 @@ class SparseFfn:
         if groups is None:
             return False
         # Rows of prompts are always exact, and a layer computes all of its rows in one way.
-        sparse = rows == self._step.num_rows <= self._options.ffn_rows and int(groups[:, 1].sum()) == rows
+        sparse = (
+            rows == self._step.num_rows <= self._options.ffn_rows
+            and int(groups[:, 1].sum()) == rows
+            and self.break_even[rows] > 0
+        )
         if sparse:
             self._steps_sparse += 1
         else:
