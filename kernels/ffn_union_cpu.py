@@ -90,7 +90,8 @@ _SCRATCH: dict[tuple[int, int, int, int], npt.NDArray[np.float32]] = {}
 
 
 def _scratch(rows: int, width: int, channels: int, parts: int) -> npt.NDArray[np.float32]:
-    """Working memory ``float32[parts, n]``, see `_part`; the same for every call of these sizes."""
+    """Working memory ``float32[parts, n]``, see `_part`; the same for every call of about as many rows."""
+    rows = 1 << (rows - 1).bit_length()
     key = (rows, width, channels, parts)
     if key not in _SCRATCH:
         wide = -(-channels // LANES) * LANES
