@@ -18,6 +18,7 @@ are verified, beside the dense model: agreement of the most likely token, KL div
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -264,7 +265,7 @@ def measure_step(llm: Any, calibration: dict[str, Any], ids: list[list[int]], ar
 
 
 class Skipping:
-    """Feed-forward layers of a transformers Llama that compute groups of rows as the kernel does, from `DENSE` on."""
+    """Feed-forward layers of a transformers Llama that compute groups of rows as the kernel does."""
 
     def __init__(self, model: Any) -> None:
         self.mlps = [layer.mlp for layer in model.model.layers]
@@ -279,12 +280,11 @@ class Skipping:
         def forward(x: torch.Tensor) -> torch.Tensor:
             act = torch.nn.functional.silu(mlp.gate_proj(x))
             if self.taus is not None:
-                rows = act[:, DENSE:]
-                keep = ~(rows.abs() < self.taus[index])
-                groups = keep.view(*keep.shape[:1], -1, self.group, keep.shape[-1]).any(2, keepdim=True)
+                keep = ~(act.abs() < self.taus[index])
+                groups = keep.view(len(keep), -1, self.group, keep.shape[-1]).any(2, keepdim=True)
                 self.below.append(1.0 - float(keep.float().mean()))
                 self.shares.append(float(groups.float().mean()))
-                rows *= groups.expand(-1, -1, self.group, -1).reshape(keep.shape)
+                act *= groups.expand(-1, -1, self.group, -1).reshape(keep.shape)
             return mlp.down_proj(act * mlp.up_proj(x))
 
         return forward
@@ -329,19 +329,21 @@ def measure_fidelity(args: argparse.Namespace) -> list[Row]:
         for s, t in find_taus(model, skipping, texts(args.prompts, tokenizer, False, args.texts)).items()
     } | {f"tau {t}": [t] * len(skipping.mlps) for t in FIXED}
     ids = texts(args.prompts, tokenizer, True, args.texts)
-    scored = len(ids) * (LENGTH - DENSE)
-    config = {"dtype": "float32", "texts": len(ids), "tokens": scored, "dense": DENSE, "model": args.model.name}
     # Per way: agreements, KL, nats of the text.
     sums: dict[tuple[str, int], np.ndarray] = {(name, g): np.zeros(5) for name in taus for g in GROUPS}
-    shares: dict[tuple[str, int], list[float]] = {(name, g): [] for name in taus for g in sorted({*ROWS, *GROUPS})}
-    dense_nats = 0.0
+    dense_nats, done, start = 0.0, 0, time.monotonic()
     with torch.inference_mode():
         for text in ids:
+            if args.seconds and done and (time.monotonic() - start) * (done + 1) / done > args.seconds:
+                break
+            done += 1
             x = torch.tensor([text])
             wanted = x[0, DENSE + 1 :]
+            before = model(x[:, :DENSE], use_cache=True).past_key_values
 
-            def logs(x: torch.Tensor = x) -> torch.Tensor:
-                return model(x).logits[0, DENSE:-1].log_softmax(-1)
+            def logs(x: torch.Tensor = x, before: Any = before) -> torch.Tensor:
+                logits = model(x[:, DENSE:], past_key_values=copy.deepcopy(before), use_cache=True).logits
+                return logits[0, :-1].log_softmax(-1)
 
             dense = logs()
             dense_nats -= float(dense.gather(1, wanted[:, None]).sum())
@@ -350,24 +352,24 @@ def measure_fidelity(args: argparse.Namespace) -> list[Row]:
                     with skipping.on(levels, group):
                         ours = logs()
                         share, below = np.mean(skipping.shares), np.mean(skipping.below)
-                    shares[name, group].append(float(share))
                     agree = float((ours.argmax(-1) == dense.argmax(-1)).sum())
                     divergence = float((dense.exp() * (dense - ours)).sum())
                     nats = -float(ours.gather(1, wanted[:, None]).sum())
-                    sums[name, group] += np.array([agree, divergence, nats, below, 1.0])
-    scored = len(ids) * (LENGTH - DENSE - 1)
+                    sums[name, group] += np.array([agree, divergence, nats, below, share])
+    scored = done * (LENGTH - DENSE - 1)
+    config = {"dtype": "float32", "texts": done, "tokens": scored, "dense": DENSE, "model": args.model.name}
     perplexity = float(np.exp(dense_nats / scored))
     found = [row("dense", "dense", "perplexity", "perplexity", perplexity, config)]
-    print(f"\nfidelity over {len(ids)} texts, {scored} tokens; dense perplexity {perplexity:.3f}")
+    print(f"\nfidelity over {done} texts, {scored} tokens; dense perplexity {perplexity:.3f}")
     print(f"{'':<16}{'rows':>5}{'top-1':>9}{'KL':>10}{'ppl':>10}{'below':>8}{'share':>8}")
-    for (name, group), (agree, divergence, nats, below, count) in sums.items():
+    for (name, group), (agree, divergence, nats, below, share) in sums.items():
         change = float(np.exp((nats - dense_nats) / scored)) - 1.0
         figures = {
             "top1_agreement": ("share", agree / scored),
             "kl": ("nats/token", divergence / scored),
             "perplexity_change": ("share", change),
-            "below_tau": ("share of values", below / count),
-            "group_share": ("share of channels", float(np.mean(shares[name, group]))),
+            "below_tau": ("share of values", below / done),
+            "group_share": ("share of channels", share / done),
         }
         found += [row(f"groups of {group}", name, m, unit, value, config) for m, (unit, value) in figures.items()]
         a, k, p, b, s = (value for _, value in figures.values())
@@ -384,6 +386,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--threads", type=int, help="of torch (default: as the engine has them)")
     parser.add_argument("--texts", type=int, default=12)
+    parser.add_argument("--seconds", type=float, help="of part fidelity: leave out the texts that would take longer")
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--tokens", type=int, default=120, help="tokens per request of part step")
     parser.add_argument("--csv", type=Path, default=RESULTS)
