@@ -79,7 +79,8 @@ def test_rows_leave_the_first_token_out():
     exact = [logs(t9=0.9, t1=0.01), logs(t2=0.5, t3=0.25), logs(t3=0.2, t4=0.6)]
     found = fidelity.rows(probe([1, 2, 3], own, exact))
     second = 0.2 * math.log(0.2 / 0.6) + 0.6 * math.log(0.6 / 0.2)
-    assert found == pytest.approx(np.array([[0, 0, -math.log(0.5)], [1, second, -math.log(0.2)]]))
+    by_hand = [[0, 0, -math.log(0.5), -math.log(0.5)], [1, second, -math.log(0.2), -math.log(0.6)]]
+    assert found == pytest.approx(np.array(by_hand))
     with pytest.raises(ValueError, match="arm, request 0: token 1 has no log-probability"):
         fidelity.rows(probe([1, 2], own[:2], [exact[0], logs(t7=1.0)]))
 
@@ -118,7 +119,8 @@ def test_figures_of_known_distributions():
     assert total.forced.flips.value == 8 / 32
     assert total.forced.kl.value == pytest.approx(8 / 32 * KL_WRONG)
     assert total.forced.perplexity.value == pytest.approx(math.exp(-(24 * math.log(0.7) + 8 * math.log(0.2)) / 32))
-    assert (total.noise.flips.value, total.noise.kl.value) == (0, 0)
+    assert total.forced.excess.value == pytest.approx((0.6 / 0.2) ** (8 / 32) - 1)
+    assert (total.noise.flips.value, total.noise.kl.value, total.noise.excess.value) == (0, 0, 0)
     assert total.noise.perplexity.value == pytest.approx(1 / 0.7)
     change = total.forced.perplexity.value * 0.7 - 1
     assert total.perplexity_change.value == pytest.approx(change)
@@ -128,7 +130,7 @@ def test_figures_of_known_distributions():
     assert (found.mat, found.control_mat) == (1.5, 1.0)
     assert found.sentence.startswith(
         "approximate: 25% (95% interval 25.0% to 25.0%) of tokens are not the exact model's choice "
-        "(noise of the control: 0.0%); perplexity of its text +36.8% "
+        "(noise of the control: 0.0%); perplexity of its text +31.6% over what the arm gave it (control: 0.0%) and +36.8%"
     )
     assert found.sentence.endswith(
         "0 of 40 outputs are identical, the others part after 1 tokens (median); 1.50 tokens per step"
@@ -149,7 +151,7 @@ def test_an_interval_holds_the_truth_as_often_as_it_says():
     for _ in range(200):
         # Requests differ in how often they are wrong, 10% on average.
         chances = rng.beta(2, 18, 32)
-        sums = np.array([[64, rng.binomial(64, c), 0, 0] for c in chances], float)
+        sums = np.array([[64, rng.binomial(64, c), 0, 0, 0] for c in chances], float)
         found = fidelity._estimate(sums, lambda s: s[:, 1] / s[:, 0], 0)
         held += found.low <= 0.1 <= found.high
     assert 0.88 <= held / 200 <= 0.99
@@ -437,4 +439,5 @@ def test_real_servers_tell_an_exact_arm_from_one_of_another_precision(tmp_path):
     assert auto.mat > 1.2 and auto.control_mat == 1.0, "trees were verified while log-probabilities were told"
     # bfloat16 rounds logits to about 0.4%, so that near ties fall the other way.
     assert half.total.forced.flips.value < 0.05
+    assert abs(auto.total.forced.excess.value) < 1e-4 and abs(half.total.forced.excess.value) < 0.02
     assert 10 * auto.total.forced.kl.value < half.total.forced.kl.value < 0.01

@@ -346,8 +346,23 @@ def _fidelity(verdict: Verdict) -> list[Table]:
     return found
 
 
-_FIDELITY_COLUMNS = ["requests", "outputs", "tokens", "not the exact choice", "KL, at least", "perplexity", "change"]
-_FIDELITY_COLUMNS += ["equal tokens", "before parting", "identical", "parts after (p10, p50, p90)", "tokens per step"]
+_FIDELITY_COLUMNS = [
+    "requests",
+    "outputs",
+    "tokens",
+    "not the exact choice",
+    "KL, at least",
+    "perplexity",
+    "over its own",
+]
+_FIDELITY_COLUMNS += [
+    "over the control's",
+    "equal tokens",
+    "before parting",
+    "identical",
+    "parts after (p10, p50, p90)",
+    "tokens per step",
+]
 
 
 def _faithful(name: str, forced: Forced, figures: Fidelities | None, mat: float | None) -> list[str]:
@@ -361,6 +376,7 @@ def _faithful(name: str, forced: Forced, figures: Fidelities | None, mat: float 
         _between(forced.flips, ".1%"),
         _between(forced.kl, ".2g"),
         f"{forced.perplexity.value:.3f}",
+        _between(forced.excess, "+.1%"),
         _between(change, "+.1%") if change else "",
         f"{free.equal:.1%}" if free else "",
         f"{free.before:.1%}" if free else "",

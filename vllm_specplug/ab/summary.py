@@ -136,6 +136,7 @@ def _fidelity(figures: Fidelities) -> Iterator[tuple[str, str, float | Estimate]
             yield f"{name}top1_flips", "share of tokens", forced.flips
             yield f"{name}kl_from_below", "nats/token", forced.kl
             yield f"{name}perplexity", "of exact model", forced.perplexity
+            yield f"{name}perplexity_excess", "of its own", forced.excess
     if figures.perplexity_change is not None:
         yield "perplexity_change", "of control", figures.perplexity_change
     free = figures.free
