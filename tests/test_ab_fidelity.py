@@ -18,7 +18,8 @@ import pytest
 from ab_runs import Behaviour
 
 from vllm_specplug.ab import fidelity, html, plan, plots, results, servers, summary, workloads
-from vllm_specplug.ab.fidelity import Probe, compare, flipped, judge_arm, kl_from_below
+from vllm_specplug.ab.fidelity import compare, flipped, judge_arm, kl_from_below
+from vllm_specplug.ab.results import Probe
 from vllm_specplug.ab.verdict import judge
 from vllm_specplug.cli import ab, main
 

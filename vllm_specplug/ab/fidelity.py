@@ -10,41 +10,19 @@ first token comes from the prompt in every arm and is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from vllm_specplug.ab.intervals import Estimate, Floats
+from vllm_specplug.ab.results import Probe, Top
 
 #: A lump of probability below that is taken for that: what float32 leaves of 1 less the rest is not known better.
 _LEAST = 1e-7
 _DRAWS = 1000
 #: With fewer requests there is no interval.
 _FEWEST = 5
-
-#: Log-probability by token id.
-Top = Mapping[int, float]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One output of an arm, with two models' log-probabilities at each of its tokens' prefixes.
-
-    Attributes:
-        arm: whose output.
-        index, task: of the workload's request.
-        tokens: ids of the output.
-        own: per token, what the arm gave the likeliest tokens when it generated.
-        exact: per token, what the control gives the likeliest tokens, and this one. Natural logarithms both.
-    """
-
-    arm: str
-    index: int
-    task: str
-    tokens: list[int]
-    own: list[Top]
-    exact: list[Top]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vllm_specplug.ab import servers
-from vllm_specplug.ab.fidelity import Probe, Top
+from vllm_specplug.ab.results import Probe, Top
 from vllm_specplug.ab.servers import Remote, ServerFailed
 from vllm_specplug.ab.workloads import Request
 

@@ -1,7 +1,7 @@
 """What a comparison of servers found, as plain data: written by the run, read by the verdict and the reports.
 
 A folder of results holds ``plan.json`` (:class:`Plan`), ``cells.jsonl``, one :class:`Cell` a line, and where fidelity
-was measured ``fidelity.jsonl``, one :class:`.fidelity.Probe` a line; each is written as soon as it is known: whatever
+was measured ``fidelity.jsonl``, one :class:`Probe` a line; each is written as soon as it is known: whatever
 ends a run, what it has is on disk.
 """
 
@@ -10,15 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vllm_specplug.ab.fidelity import Probe
-
 PLAN, CELLS, FIDELITY = "plan.json", "cells.jsonl", "fidelity.jsonl"
 Row = TypeVar("Row")
+#: Log-probability by token id.
+Top = Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,26 @@ class Cell:
     memory_bytes: int | None
     replies: list[Reply]
     failure: str = ""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One output of an arm, with two models' log-probabilities at each of its tokens' prefixes.
+
+    Attributes:
+        arm: whose output.
+        index, task: of the workload's request.
+        tokens: ids of the output.
+        own: per token, what the arm gave the likeliest tokens when it generated.
+        exact: per token, what the control gives the likeliest tokens, and this one. Natural logarithms both.
+    """
+
+    arm: str
+    index: int
+    task: str
+    tokens: list[int]
+    own: list[Top]
+    exact: list[Top]
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from typing import Any, Literal
 import numpy as np
 
 from vllm_specplug.ab import measures
-from vllm_specplug.ab.fidelity import Fidelity, Probe, judge_arm
+from vllm_specplug.ab.fidelity import Fidelity, judge_arm
 from vllm_specplug.ab.intervals import Estimate, paired_ratio
 from vllm_specplug.ab.measures import Drafting, Figures, answered
 from vllm_specplug.ab.noise import Noise, look
 from vllm_specplug.ab.outputs import Output, Pair, Reference, approximate, judge_greedy, judge_sampled
-from vllm_specplug.ab.results import Arm, Cell, Load, Plan, Reply
+from vllm_specplug.ab.results import Arm, Cell, Load, Plan, Probe, Reply
 
 #: Differences in speed below that are none.
 SMALLEST = 0.02
