@@ -130,3 +130,43 @@ def overlap(a: Int32Array, b: Int32Array) -> float:
     """Jaccard similarity of two sets of units; 1 if both are empty."""
     union = len(np.union1d(a, b))
     return len(np.intersect1d(a, b)) / union if union else 1.0
+
+
+def allocate(fractions: Float32Array, errors: Float32Array, mean: float) -> Float32Array:
+    """Give each head the share of a context that makes the sum of all errors least, at a mean share.
+
+    Greedy over the lower convex hulls: the next step is the one that takes away most error per share that it costs.
+
+    Args:
+        fractions: ``float[F]`` shares of the context, rising.
+        errors: ``float[F, N]`` error of each head when it attends such a share.
+        mean: mean share over the heads.
+
+    Returns:
+        ``float32[N]`` share of each head; their mean is at most ``mean`` (but no head gets less than the least share).
+
+    Raises:
+        ValueError: shapes differ, or the fractions do not rise.
+    """
+    if errors.ndim != 2 or len(errors) != len(fractions) or np.any(np.diff(fractions) <= 0):
+        raise ValueError(f"fractions must rise and errors be [{len(fractions)}, heads], got {errors.shape}")
+    count = errors.shape[1]
+    steps = []  # (error taken away per share, head, fraction reached)
+    for head in range(count):
+        at = 0
+        while at < len(fractions) - 1:
+            gains = (errors[at, head] - errors[at + 1 :, head]) / (fractions[at + 1 :] - fractions[at])
+            best = int(np.argmax(gains))
+            if gains[best] <= 0:
+                break
+            at += 1 + best
+            steps.append((float(gains[best]), head, at))
+    place = np.zeros(count, np.int64)
+    left = (mean - float(fractions[0])) * count
+    # A head's steps have falling gains, so they are taken in their order.
+    for _, head, at in sorted(steps, key=lambda step: -step[0]):
+        cost = float(fractions[at] - fractions[place[head]])
+        if cost <= left:
+            left -= cost
+            place[head] = at
+    return fractions[place].astype(np.float32)

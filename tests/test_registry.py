@@ -141,9 +141,9 @@ def test_mistakes_in_arms_are_named(ab, words):
 
 def test_options_of_an_arm_are_checked(monkeypatch):
     user = registry.parse_options(
-        {"specplug": {"ab": {"arms": ["adaptive_length"]}, "adaptive_length": {"inner": "Auto"}}}
+        {"specplug": {"ab": {"arms": ["adaptive_length"]}, "adaptive_length": {"inner": "SparseVerify"}}}
     )
-    with pytest.raises(options.OptionError, match=r"specplug\.adaptive_length\.inner = 'Auto'"):
+    with pytest.raises(options.OptionError, match=r"specplug\.adaptive_length\.inner = 'SparseVerify'"):
         user.check(registry.find("Retrieval"))
 
 

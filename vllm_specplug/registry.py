@@ -41,6 +41,7 @@ _BUILTIN = {
     "Auto": "vllm_specplug.proposers.auto:Auto",
     "AdaptiveLength": "vllm_specplug.proposers.adaptive_length:AdaptiveLength",
     "Retrieval": "vllm_specplug.proposers.retrieval:Retrieval",
+    "SparseVerify": "vllm_specplug.proposers.sparse_verify:SparseVerify",
     "TokenRecycling": "vllm_specplug.proposers.token_recycling:TokenRecycling",
 }
 # vLLM's own, which only draft inside another proposer or as an arm: the user has them without this plugin.
@@ -48,6 +49,9 @@ _INNER = {
     "vllm:ngram": "vllm_specplug.host.vllm_drafts:VllmNgram",
     "vllm:suffix": "vllm_specplug.host.vllm_drafts:VllmSuffix",
 }
+# They draft under a budget themselves.
+_WRAPPING = ("AdaptiveLength", "Auto", "SparseVerify")
+_FUSED = "vllm_specplug.proposers.auto:Fused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +153,14 @@ def find(name: str) -> Entry:
 
 
 def find_inner(name: str, path: str) -> Entry:
-    """The entry called ``name`` that another proposer may wrap; ``path``: the option that names it.
+    """The entry called ``name`` that another proposer may wrap; ``path``: the option that names it. ``Auto`` is what it
+    drafts from, without its budget.
 
     Raises:
         options.OptionError: there is none, or it wraps or budgets itself.
     """
-    known = {k: e for k, e in (proposers() | _inner()).items() if k not in ("AdaptiveLength", "Auto")}
+    known = {k: e for k, e in (proposers() | _inner()).items() if k not in _WRAPPING}
+    known["Auto"] = Entry("Auto", _FUSED, OWN)
     if name not in known:
         raise options.OptionError(
             f"{path} = {name!r} is not allowed: expected one of {', '.join(sorted(known))}."

@@ -9,10 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import ab, demo, doctor, model, options, stats, trace
+from . import ab, demo, doctor, model, options, sparse, stats, trace
 from .common import CommandError, installed_version
 
-COMMANDS = (ab, demo, doctor, options, stats, trace, model)
+COMMANDS = (ab, demo, doctor, options, stats, trace, sparse, model)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -210,6 +210,11 @@ class Arms:
             self._arm[request_id] = arm
             self._shown = True  # from now on, in metrics
 
+    def of(self, request_id: str) -> str:
+        """Name of a live request's arm; ``off`` is one."""
+        arm = self._arm.get(request_id, 0)
+        return self._names[arm] if arm < len(self._names) else OFF
+
     def end(self, request_ids: Sequence[str]) -> None:
         """Forget requests that finished or were aborted; unknown ids are ignored."""
         for lifecycle in self._lifecycles:

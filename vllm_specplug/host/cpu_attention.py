@@ -21,8 +21,10 @@ from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from vllm_specplug.host import tree_plan
+from vllm_specplug.host.sparse_attention import GroupSparse, SparseAttention
 from vllm_specplug.host.tree_plan import StepPlan
 from vllm_specplug.kernels import tree_attention_cpu as kernels
+from vllm_specplug.kernels.sparse_attention_cpu import Choice
 from vllm_specplug.kernels.tree_attention import build_trees
 
 
@@ -40,10 +42,12 @@ class TreeMetadata(cpu_attn.CPUAttentionMetadata):
     Attributes:
         step: what the trees' kernel needs of the step, the same for all layers.
         only_trees: no row is left for vLLM's kernel.
+        choice: what the step's trees attend of their contexts; None: everything.
     """
 
     step: Any = None
     only_trees: bool = False
+    choice: Choice | None = None
 
 
 class TreeMetadataBuilder(cpu_attn.CPUAttentionMetadataBuilder):
@@ -51,6 +55,7 @@ class TreeMetadataBuilder(cpu_attn.CPUAttentionMetadataBuilder):
 
     holder: PlanHolder | None = None
     layout: Any = None
+    sparse: GroupSparse | None = None
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """As vLLM's, for the rows that belong to no tree."""
@@ -64,6 +69,7 @@ class TreeMetadataBuilder(cpu_attn.CPUAttentionMetadataBuilder):
             )
         step = kernels.prepare_step(plan.trees, common.block_table_tensor, self.layout)
         self.slot_mapping = common.slot_mapping
+        choice = None if self.sparse is None else self.sparse.prepare(plan, step, common.block_table_tensor)
         if plan.only_trees:
             return TreeMetadata(
                 num_actual_tokens=common.num_actual_tokens,
@@ -76,6 +82,7 @@ class TreeMetadataBuilder(cpu_attn.CPUAttentionMetadataBuilder):
                 scheduler_metadata=None,
                 step=step,
                 only_trees=True,
+                choice=choice,
             )
         # vLLM's kernel has to run over the trees' rows too, since a step's rows cannot be left out: it is told that
         # those requests hold nothing but these rows. What it writes there is overwritten.
@@ -83,11 +90,19 @@ class TreeMetadataBuilder(cpu_attn.CPUAttentionMetadataBuilder):
         common.seq_lens = common.seq_lens.clone()
         common.seq_lens[plan.trees.requests.long()] = plan.trees.sizes
         stock = super().build(common_prefix_len, common, fast_build)
-        return TreeMetadata(**vars(stock), step=step)
+        return TreeMetadata(**vars(stock), step=step, choice=choice)
 
 
 class TreeAttentionImpl(cpu_attn.CPUAttentionBackendImpl):
-    """Attends trees with this plugin's kernel and everything else with vLLM's."""
+    """Attends trees with this plugin's kernel and everything else with vLLM's.
+
+    Attributes:
+        layer: place among the layers of its group, and whether it chooses what to attend; see :class:`GroupSparse`.
+        observer: called after each layer of a step with trees, to calibrate; None: nobody.
+    """
+
+    layer: tuple[int, bool] = (0, True)
+    observer: Callable[..., None] | None = None
 
     def forward(
         self,
@@ -121,7 +136,10 @@ class TreeAttentionImpl(cpu_attn.CPUAttentionBackendImpl):
             self.sliding_window,
             step.layout,
             step,
+            None if attn_metadata.choice is None else attn_metadata.choice.layer(*self.layer),
         )
+        if self.observer is not None:
+            self.observer(layer, query, *_split(kv_cache), step, output, self.scale)
         return output
 
 
@@ -164,13 +182,20 @@ def uninstall() -> None:
 class CpuTrees:
     """Draft trees on the CPU platform: see :class:`vllm_specplug.host.trees.TreeBackend`."""
 
-    def __init__(self) -> None:
+    def __init__(self, sparse: SparseAttention | None = None) -> None:
+        """
+        Args:
+            sparse: chooses what trees attend of their contexts; None: they attend everything.
+        """
         self.holder = PlanHolder()
+        self._sparse = sparse
         self._groups: list[tuple[TreeMetadataBuilder, Any]] = []
 
     def attach(self, runner: Any) -> str:
         """Prepare for the runner's KV cache, which has just been made."""
         self._groups = []
+        if self._sparse is not None:
+            self._sparse.begin_attach()
         layers = runner.compilation_config.static_forward_context
         for group in runner._attn_group_iterator():
             reason = _group_reason(group, layers)
@@ -197,6 +222,9 @@ class CpuTrees:
         except ValueError as error:
             return f"the KV cache's layout is not known ({error})"
         builder.holder = self.holder
+        if self._sparse is not None:
+            impls = {layer.layer_name: layer.impl for layer in layers}
+            builder.sparse = self._sparse.add_group(impls, caches)
         self._groups.append((builder, caches))
         return ""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_specplug import options, registry
-from vllm_specplug.host import compat, metrics, numba_guard, patching, sampling_params
+from vllm_specplug.host import compat, metrics, numba_guard, patching, sampling_params, sparse_calibration
 from vllm_specplug.trace import options as trace_options
 
 #: Older spellings of vLLM's own flags, still in many launch scripts: flag -> (current flag, destination, type).
@@ -22,6 +22,9 @@ OLDER_FLAGS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
 
 #: vLLM's rejection sampler verifies at most this many draft tokens (v1/sample/rejection_sampler.py).
 MAX_DRAFT_TOKENS = 128
+
+#: Named, not imported: it is needed in the engine's process only.
+SPARSE_SCHEDULER = "vllm_specplug.host.sparse_scheduler.RefreshingScheduler"
 
 _warned: set[str] = set()
 
@@ -147,6 +150,7 @@ def check(engine_args: Any) -> list[str]:
             f"{options.ROOT}.ab.split is not allowed with --distributed-executor-backend external_launcher: every rank "
             "names requests differently, and would assign them to different arms. Name the arm in each request."
         )
+    _prepare_sparse(user, entry, engine_args)
     _prepare_state_file(user.general.state_file)
     _prepare_trace(user.trace)
     metrics.install_front(engine_args)
@@ -154,6 +158,30 @@ def check(engine_args: Any) -> list[str]:
     if warning:
         _warn_once(warning)
     return list(user.arm_names(entry))
+
+
+def _prepare_sparse(user: registry.PluginOptions, entry: registry.Entry, engine_args: Any) -> None:
+    """Check what SparseVerify needs, if the server holds it, and ask vLLM for the scheduler of its exact refresh."""
+    held = [arm for arm in user.arms(entry).values() if arm.name == "SparseVerify"]
+    if not held:
+        return
+    chosen = user.section(held[0])
+    where = f"{options.ROOT}.{held[0].section}"
+    block = engine_args.block_size
+    if chosen.unit % 16 or (block and block % chosen.unit):
+        raise options.OptionError(
+            f"{where}.unit = {chosen.unit} is not allowed: expected a multiple of 16 that divides the KV block size"
+            + (f", {block} (--block-size)." if block else ".")
+        )
+    sparse_calibration.load(chosen.calibration, engine_args.model)
+    if not chosen.refresh or not chosen.attention or chosen.ratio >= 1.0:
+        return
+    if engine_args.scheduler_cls is not None and engine_args.scheduler_cls != SPARSE_SCHEDULER:
+        raise options.OptionError(
+            f"{where}.refresh is not allowed with --scheduler-cls {engine_args.scheduler_cls}: it needs a scheduler of "
+            "its own. Set it to 0."
+        )
+    engine_args.scheduler_cls = SPARSE_SCHEDULER
 
 
 def _prepare_state_file(path: str | None) -> None:

@@ -34,11 +34,13 @@ from vllm_specplug.host import (
 from vllm_specplug.host.arms_in_one import ArmChoice, Arms
 from vllm_specplug.host.engine_requests import data_parallel_index, most_tokens, namespace_of, tokens_of
 from vllm_specplug.host.lifecycle import Lifecycle, Rows, TopK, sample_group
+from vllm_specplug.host.sparse import SparseHost
 from vllm_specplug.host.step_clock import StepClock, load_of, probe
 from vllm_specplug.host.trees import TreeHost
 from vllm_specplug.kernels.logits_topk import LogitsTopK
 from vllm_specplug.proposers.adaptive_length import AdaptiveLength
 from vllm_specplug.proposers.base import Int32Array, Request
+from vllm_specplug.proposers.sparse_verify import SparseVerify
 
 logger = logging.getLogger("vllm.specplug")
 
@@ -73,8 +75,10 @@ class HostProposer:
         self.arms = self._make_arms(user, int(vllm_config.model_config.get_vocab_size()))
         self.lifecycle = self.arms.default
         self._drafts = user.general.enabled and _reports_to_scheduler(vllm_config.parallel_config)
+        self.sparse = self._make_sparse(vllm_config) if user.general.enabled else None
         # Before the model's layers are made, which is when they choose their attention.
-        self.trees = TreeHost(vllm_config, self._drafts, user.general.enabled)
+        attention = None if self.sparse is None else self.sparse.attention
+        self.trees = TreeHost(vllm_config, self._drafts, user.general.enabled, attention)
         self._recording = self._make_recording(vllm_config, user)
         self._read_topk = LogitsTopK(max(self.arms.topk, self._recording.topk if self._recording else 0))
         self._topk: tuple[np.ndarray, np.ndarray] | None = None
@@ -98,9 +102,18 @@ class HostProposer:
         names, own = user.arm_names(self.entry), self.entry.section
         return Arms(lifecycles, ArmChoice(names, own, shares, user.ab.by, user.ab.seed), shown=bool(shares))
 
+    def _make_sparse(self, vllm_config: Any) -> SparseHost | None:
+        """What verifies approximately, if an arm of this server does."""
+        options = next((p.options for p in self.arms.proposers if isinstance(p, SparseVerify)), None)
+        if options is None:
+            return None
+        return SparseHost(vllm_config, options, lambda request: self.arms.of(request) == SparseVerify.name)
+
     def load_model(self, target_model: Any) -> None:
         """Called once by the runner after it has loaded the target model: compile before the first request."""
         self.trees.on_model_loaded()
+        if self.sparse is not None:
+            self.sparse.on_model_loaded(target_model)
         if not self._drafts:
             return
         start = time.perf_counter()
@@ -164,6 +177,8 @@ class HostProposer:
     def on_kv_cache(self, runner: Any) -> None:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
         self.trees.on_kv_cache(runner)
+        if self.sparse is not None:
+            self.sparse.on_kv_cache(self.trees.reason)
         self._probe(runner)
 
     def _probe(self, runner: Any) -> None:
@@ -192,6 +207,8 @@ class HostProposer:
     ) -> None:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
         self._clock.forward()
+        if self.sparse is not None:
+            self.sparse.begin(runner, num_scheduled_tokens, spec_decode_metadata)
         self.trees.begin(runner, scheduler_output, num_scheduled_tokens, spec_decode_metadata, self.arms.trees)
 
     def row_parents(self, runner: Any, spec_decode_metadata: Any) -> Int32Array | None:
@@ -209,21 +226,27 @@ class HostProposer:
 
     def _own_stats(self) -> dict[str, float]:
         recorded = {} if self._recording is None else self._recording.stats()
-        return self.trees.stats() | {name: float(count) for name, count in self._restricted.items()} | recorded
+        sparse = {} if self.sparse is None else self.sparse.stats()
+        return sparse | self.trees.stats() | {name: float(count) for name, count in self._restricted.items()} | recorded
 
     def on_states_updated(self, scheduler_output: Any) -> None:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
+        if self.sparse is not None:
+            self.sparse.end()
+            self.sparse.on_states_updated(scheduler_output)
         if scheduler_output.finished_req_ids:
             if self._recording is not None:
                 self._recording.end(scheduler_output.finished_req_ids)
             self.arms.end(list(scheduler_output.finished_req_ids))
             if self._publisher is not None and not self.arms.live:
                 self._publisher.publish()  # no step may come for long
-        for new in scheduler_output.scheduled_new_reqs if self._drafts else ():
+        for new in scheduler_output.scheduled_new_reqs if self._drafts or self.sparse is not None else ():
             self.arms.begin(new.req_id, getattr(new.sampling_params, "extra_args", None))
 
     def verify(self, runner: Any, logits: Any, spec_decode_metadata: Any, original: Callable[..., Any]) -> Any:
         """See :class:`vllm_specplug.host.runner.RunnerHooks`."""
+        if self.sparse is not None:
+            self.sparse.end()
         self._keep_topk(logits)
         self._discarded = cpu_sampling.discarded_draws(runner)
         verification.sample_plainly(runner.input_batch.sampling_metadata)
@@ -231,6 +254,7 @@ class HostProposer:
             # vLLM 0.32 sends every step of a speculating server through its rejection sampler. Without drafts that only
             # costs time, and with a top-k and no top-p in the batch it ends the engine on CPUs: ``max()`` of no rows
             # (v1/sample/ops/topk_topp_sampler.py:apply_top_k_only).
+            self.trees.end()
             return original(runner, logits, None)
         likeliest = None if self._topk is None else self._topk[0][:, 0]
         parents = self.row_parents(runner, spec_decode_metadata)

@@ -20,19 +20,23 @@ from vllm_specplug.proposers.base import Int32Array
 
 @dataclass(slots=True)
 class StepPlan:
-    """The trees of one step.
+    """The trees of one step, and the chains that attend part of their context.
 
     Attributes:
         trees: for the attention kernels.
         row_parents: ``int32[R]`` parent of each verified row among its request's, in the order of the logits.
         num_rows: rows of the whole step.
         only_trees: every row of the step belongs to a tree.
+        branching: some draft branches; otherwise all trees are chains.
+        sparse: ``bool[n]`` trees that attend part of their context; None: none does.
     """
 
     trees: TreeBatch
     row_parents: Int32Array
     num_rows: int
     only_trees: bool
+    branching: bool = True
+    sparse: npt.NDArray[np.bool_] | None = None
 
 
 def chain_parents(sizes: Int32Array) -> Int32Array:
@@ -98,6 +102,7 @@ def gather_rows(
 
 
 _NO_PARENTS: Int32Array = np.zeros(0, np.int32)
+_NO_ROWS: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
 NO_DRAFTS: npt.NDArray[np.int64] = np.zeros(0, np.int64)
 
 
@@ -142,9 +147,10 @@ def row_parents_of(
 
 
 @kernel
-def _find(row_parents, sizes, ends, computed, starts, tree_sizes, contexts, requests, parents):  # type: ignore[no-untyped-def]
-    """Fill the last five arrays with the requests whose rows branch; ``(trees, rows of trees)``."""
-    count, rows, base = 0, 0, 0
+def _find(row_parents, sizes, ends, computed, sparse, starts, tree_sizes, contexts, requests, parents):  # type: ignore[no-untyped-def]
+    """Fill the last five arrays with the requests whose rows branch, or that are ``sparse``; ``(trees, rows of trees,
+    how many branch)``."""
+    count, rows, base, branching = 0, 0, 0, 0
     for i in range(len(sizes)):
         size = sizes[i]
         branches = False
@@ -152,7 +158,8 @@ def _find(row_parents, sizes, ends, computed, starts, tree_sizes, contexts, requ
             if row_parents[base + m] != m - 1:
                 branches = True
                 break
-        if branches:
+        branching += branches
+        if branches or (len(sparse) > 0 and sparse[i]):
             starts[count] = ends[i] - size
             tree_sizes[count] = size
             contexts[count] = computed[i]
@@ -162,7 +169,7 @@ def _find(row_parents, sizes, ends, computed, starts, tree_sizes, contexts, requ
             count += 1
             rows += size
         base += size
-    return count, rows
+    return count, rows, branching
 
 
 @kernel
@@ -174,7 +181,13 @@ def _place(starts, sizes, contexts, depths, positions):  # type: ignore[no-untyp
         base += sizes[i]
 
 
-def make_plan(row_parents: Int32Array, sizes: Int32Array, ends: Int32Array, computed: Int32Array) -> StepPlan | None:
+def make_plan(
+    row_parents: Int32Array,
+    sizes: Int32Array,
+    ends: Int32Array,
+    computed: Int32Array,
+    sparse: npt.NDArray[np.bool_] | None = None,
+) -> StepPlan | None:
     """The step's plan.
 
     Args:
@@ -182,20 +195,25 @@ def make_plan(row_parents: Int32Array, sizes: Int32Array, ends: Int32Array, comp
         sizes: ``int32[B]`` verified rows of each request.
         ends: ``int32[B]`` row after the last of each request; the verified rows are its last ones.
         computed: ``int32[B]`` tokens of each request in the cache.
+        sparse: ``bool[B]`` requests whose rows attend part of their context, chains or not.
 
     Returns:
-        None if nothing branches.
+        None if nothing branches and nothing is sparse.
     """
     n, total = len(sizes), len(row_parents)
     heads = np.empty((4, n), np.int32)
     parents = np.empty(total, np.int32)
     starts, tree_sizes, contexts, requests = heads
-    count, rows = _find(row_parents, sizes, ends, computed, starts, tree_sizes, contexts, requests, parents)
+    wanted = _NO_ROWS if sparse is None else sparse
+    count, rows, branching = _find(
+        row_parents, sizes, ends, computed, wanted, starts, tree_sizes, contexts, requests, parents
+    )
     if not count:
         return None
     trees = build_trees(starts[:count], tree_sizes[:count], contexts[:count], requests[:count], parents[:rows])
     num_rows = int(ends[-1])
-    return StepPlan(trees, row_parents, num_rows, rows == num_rows)
+    of_trees = None if sparse is None else sparse[requests[:count]]
+    return StepPlan(trees, row_parents, num_rows, rows == num_rows, branching > 0, of_trees)
 
 
 def place(plan: StepPlan, positions: np.ndarray) -> None:
@@ -245,7 +263,7 @@ def warm_up() -> None:
     """Compile before the first request."""
     one = np.ones(1, np.int32)
     sizes = one * 3
-    plan = make_plan(np.array([-1, 0, 0], np.int32), sizes, sizes, one)
+    plan = make_plan(np.array([-1, 0, 0], np.int32), sizes, sizes, one, one > 0)
     assert plan is not None
     place(plan, np.zeros(3, np.int64))
     accepted_moves(plan, np.array([[0, 2]], np.int32), one * 2)

@@ -42,6 +42,24 @@ class TreeBackend(Protocol):
         """Move K/V of rows ``sources`` (``int64[m]``) to the cache slots of rows ``targets``, one after another."""
 
 
+class SparseRows(Protocol):
+    """Who says which requests of a step attend part of their context."""
+
+    def rows(self, batch: Any, num_scheduled: Int32Array, sizes: Int32Array) -> np.ndarray | None:
+        """``bool[B]``, by row of the runner's batch; None if none does. ``num_scheduled`` and ``sizes`` (``int32[B]``):
+        rows of each request in the step, and those that verify, its last token included."""
+
+
+def rows_of(metadata: Any, requests: int) -> Int32Array:
+    """``int32[requests]`` rows of each request that verify, its last token included, by vLLM's metadata of the step's
+    draft tokens (None: there are none)."""
+    if metadata is None:
+        return np.ones(requests, np.int32)
+    sizes = np.array(metadata.num_draft_tokens, np.int32)
+    sizes += 1
+    return sizes
+
+
 @dataclass(slots=True)
 class TreeCounters:
     """Totals since the engine started."""
@@ -61,12 +79,14 @@ class TreeHost:
         plan: of the step, from before its forward pass until the next step; None in a step without trees.
     """
 
-    def __init__(self, vllm_config: Any, drafts: bool, wanted: bool) -> None:
+    def __init__(self, vllm_config: Any, drafts: bool, wanted: bool, sparse: SparseRows | None = None) -> None:
         """
         Args:
             drafts: this process drafts; under tensor parallelism one process does, for all.
             wanted: any process of this engine drafts.
+            sparse: says which requests attend part of their context; None: none ever does.
         """
+        self._sparse = sparse
         self.counters = TreeCounters()
         self.plan: StepPlan | None = None
         self.backend: TreeBackend | None = None
@@ -94,7 +114,7 @@ class TreeHost:
         from vllm_specplug.host import cpu_attention
 
         cpu_attention.install()
-        self.backend = cpu_attention.CpuTrees()
+        self.backend = cpu_attention.CpuTrees(self._sparse)
         self.reason = "the model is being loaded"
 
     def on_model_loaded(self) -> None:
@@ -127,33 +147,46 @@ class TreeHost:
             return
         assert self.backend is not None
         self.backend.end()
-        if metadata is None or not (kept or self._parallel is not None):
-            return
-        sizes = np.array(metadata.num_draft_tokens, np.int32)
-        sizes += 1
         batch = runner.input_batch
+        drafts = metadata is not None and (bool(kept) or self._parallel is not None)
+        if not drafts and self._sparse is None:
+            return
+        sizes = rows_of(metadata, batch.num_reqs)
+        sparse = None if self._sparse is None else self._sparse.rows(batch, num_scheduled, sizes)
+        if not drafts and sparse is None:
+            return
         parents = None
-        if kept:
+        if drafts and kept:
             scheduled = scheduler_output.scheduled_spec_decode_tokens
             parents = tree_plan.row_parents_of(kept, scheduled, batch.req_id_to_index, num_scheduled, sizes)
         # One draft token cannot branch. All ranks see the same sizes, so all of them skip or none.
-        if self._parallel is not None and sizes.max() > 2:
+        if drafts and self._parallel is not None and sizes.max() > 2:
             parents = self._parallel.share(parents, int(sizes.sum()))
-        if parents is None:
+        if parents is None and sparse is None:
             return
+        if parents is None:
+            parents = tree_plan.chain_parents(sizes)
         n = len(sizes)
         ends = runner.query_start_loc.np[1 : n + 1]
         computed = batch.num_computed_tokens_cpu[:n]
-        self.plan = tree_plan.make_plan(parents, sizes, ends, computed)
+        self.plan = tree_plan.make_plan(parents, sizes, ends, computed, sparse)
         if self.plan is not None:
             self.backend.begin(runner, self.plan)
+        if self.plan is not None and self.plan.branching:
             self.counters.tree_steps += 1
             self.counters.trees_verified += len(self.plan.trees.starts)
             self.counters.tree_nodes_verified += len(self.plan.trees.depths) - len(self.plan.trees.starts)
 
+    def end(self) -> None:
+        """The forward pass is over, and nothing of it was verified."""
+        if self.plan is not None:
+            assert self.backend is not None
+            self.plan = None
+            self.backend.end()
+
     def row_parents(self) -> Int32Array | None:
         """Parents of the step's verified rows, see :class:`StepPlan`; None if all are chains."""
-        return None if self.plan is None else self.plan.row_parents
+        return self.plan.row_parents if self.plan is not None and self.plan.branching else None
 
     def after_verify(self, paths: Int32Array, lengths: Int32Array) -> None:
         """Put K/V of accepted rows where the next step expects them; see :func:`tree_plan.accepted_moves`.
@@ -164,6 +197,8 @@ class TreeHost:
             return
         assert self.backend is not None
         self.backend.end()
+        if not self.plan.branching:
+            return
         sources, targets, accepted = tree_plan.accepted_moves(self.plan, paths, lengths)
         self.counters.tree_nodes_accepted += accepted
         self.counters.rows_moved += len(sources)

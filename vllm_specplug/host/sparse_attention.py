@@ -1,0 +1,188 @@
+"""Which requests of a step attend part of their context, and which part: the attention of SparseVerify in one engine.
+
+Only rows that verify do: a request's last token and its draft tokens, where nothing of it is computed again. Prompts,
+steps that compute accepted tokens again (after a preemption, or an exact refresh), short contexts and layers with a
+sliding window are attended whole. The work is in :mod:`vllm_specplug.kernels.sparse_attention_cpu`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_specplug.host.tree_plan import StepPlan
+from vllm_specplug.kernels.block_select import Selection, allocate
+from vllm_specplug.kernels.kv_cache_cpu import Caches
+from vllm_specplug.kernels.sparse_attention_cpu import Choice, UnitSummaries, prepare_choice
+from vllm_specplug.kernels.tree_attention_cpu import PreparedStep
+from vllm_specplug.proposers.base import Int32Array
+from vllm_specplug.proposers.sparse_verify import SparseVerifyOptions
+
+logger = logging.getLogger("vllm.specplug")
+
+BoolArray = np.ndarray
+
+
+class GroupSparse:
+    """The layers of one KV cache group.
+
+    Attributes:
+        sums: of the requests' contexts.
+        shares: ``float32[L, kv_heads]`` of the budget, relative.
+    """
+
+    def __init__(self, owner: SparseAttention, sums: UnitSummaries, shares: np.ndarray) -> None:
+        self.sums = sums
+        self.shares = shares
+        self._owner = owner
+
+    def prepare(self, plan: StepPlan, step: PreparedStep, table: torch.Tensor) -> Choice | None:
+        """What the trees of the plan attend in these layers; None: everything. ``table``: ``int32[B, blocks]``."""
+        if plan.sparse is None or not plan.sparse.any():
+            return None
+        blocks = table.numpy()
+        entries = []
+        for i, (row, sparse) in enumerate(zip(plan.trees.requests.tolist(), plan.sparse.tolist(), strict=True)):
+            context = int(plan.trees.contexts[i])
+            entries.append(self.sums.update(self._owner.ids[row], blocks[row], context) if sparse else None)
+        choice = prepare_choice(step, self.sums.selection, entries, self.shares)
+        self._owner.count(plan, choice)
+        return choice
+
+
+class SparseAttention:
+    """Sparse attention of one engine.
+
+    Attributes:
+        ids: request ids by row of the runner's batch, of the present step.
+    """
+
+    def __init__(
+        self,
+        options: SparseVerifyOptions,
+        calibration: Mapping[str, Any] | None,
+        applies: Callable[[str], bool] = lambda request: True,
+    ) -> None:
+        """
+        Args:
+            calibration: the part ``attention`` of a calibration (see :mod:`.sparse_calibration`); None: there is none.
+            applies: whether a request, by its id, may be verified approximately.
+        """
+        self.options = options
+        self.selection: Selection = options.selection()
+        self.ids: Sequence[str] = ()
+        self.groups: list[GroupSparse] = []
+        self._calibration = calibration
+        self._applies = applies
+        self._steps = self._rows = 0
+        self._attended = 0.0
+
+    def begin_attach(self) -> None:
+        """The KV cache was made, or made again."""
+        self.groups = []
+
+    def add_group(self, impls: Mapping[str, Any], caches: Caches) -> GroupSparse | None:
+        """Take part in the layers of a group.
+
+        Args:
+            impls: attention of each layer, by the layer's name.
+            caches: of the same layers.
+
+        Returns:
+            None if they have a sliding window.
+
+        Raises:
+            ValueError: the units do not fit the cache's blocks, or the calibration is of another model.
+        """
+        if any(impl.sliding_window >= 0 for impl in impls.values()):
+            return None
+        sums = UnitSummaries(caches, self.selection)
+        names, kv_heads = list(impls), int(caches.layers[0, 6])
+        group = GroupSparse(self, sums, self._shares(names, kv_heads))
+        anchors = self._anchors(names)
+        for index, (name, impl) in enumerate(impls.items()):
+            impl.layer = (index, index == 0 or name in anchors)
+        self.groups.append(group)
+        return group
+
+    def _shares(self, names: list[str], kv_heads: int) -> np.ndarray:
+        even = np.ones((len(names), kv_heads), np.float32)
+        if self.options.scorer == "streaming":
+            return even * 0
+        found = self._calibration
+        if found is None or self.options.budgets == "uniform":
+            return even
+        places = _places(found, names)
+        errors = np.array(found["errors"], np.float32)[:, places]
+        if errors.shape[2] != kv_heads:
+            raise ValueError(f"the calibration is of a model with {errors.shape[2]} KV heads, this one has {kv_heads}")
+        context = int(found["context"])
+        mean = self.selection.budget(context) / context
+        fractions = np.array(found["fractions"], np.float32)
+        return (allocate(fractions, errors.reshape(len(errors), -1), mean) / mean).reshape(even.shape)
+
+    def _anchors(self, names: list[str]) -> set[str]:
+        found = self._calibration
+        if found is None or self.options.anchors == "all":
+            return set(names)
+        return set(found["anchors"])
+
+    def rows(self, batch: Any, num_scheduled: Int32Array, sizes: Int32Array) -> BoolArray | None:
+        """See :class:`vllm_specplug.host.trees.SparseRows`."""
+        n = len(sizes)
+        computed = batch.num_computed_tokens_cpu[:n]
+        # In a step that computes accepted tokens again there are more rows than that.
+        verify: BoolArray = num_scheduled[:n] == sizes
+        for row in np.flatnonzero(~verify).tolist():
+            self.rewind(batch.req_ids[row], int(computed[row]))
+        sparse: BoolArray = verify & (computed > self.selection.dense_below)
+        sparse &= computed >= batch.num_prompt_tokens[:n]
+        if sparse.any():
+            self.ids = batch.req_ids
+            sparse &= np.fromiter((self._applies(i) for i in self.ids), np.bool_, n)
+        return sparse if sparse.any() else None
+
+    def drop(self, requests: Iterable[str]) -> None:
+        """Forget requests that ended or were preempted."""
+        for group in self.groups:
+            group.sums.drop(requests)
+
+    def rewind(self, request: str, tokens: int) -> None:
+        """The cache holds something else from a token of a request on."""
+        for group in self.groups:
+            group.sums.rewind(request, tokens)
+
+    def count(self, plan: StepPlan, choice: Choice) -> None:
+        """Count a group's step."""
+        self._steps += 1
+        assert plan.sparse is not None
+        self._rows += int(plan.trees.sizes.numpy()[plan.sparse].sum())
+        self._attended += choice.attended()
+
+    def stats(self) -> dict[str, float]:
+        """Counters by name."""
+        sums = [group.sums for group in self.groups]
+        return {
+            "sparse_attention_steps": float(self._steps),
+            "sparse_attention_rows": float(self._rows),
+            "sparse_attention_share": self._attended / max(self._steps, 1),
+            "sparse_summary_bytes": float(sum(s.bytes for s in sums)),
+            "sparse_units_read": float(sum(s.units_read for s in sums)),
+        }
+
+
+def _places(calibration: Mapping[str, Any], names: list[str]) -> list[int]:
+    """Where these layers are in a calibration.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    known = {name: i for i, name in enumerate(calibration["layers"])}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ValueError(f"the calibration is of another model: it does not know layer {missing[0]}")
+    return [known[name] for name in names]
