@@ -110,7 +110,7 @@ def calibrate(llm: Any, ids: list[list[int]]) -> dict[str, Any]:
     quantiles.attach(runner_of(llm).get_model())
     read(llm, ids)
     quantiles.detach()
-    return {"ffn": quantiles.result()}
+    return quantiles.result()
 
 
 def inputs_of(llm: Any, ffns: list[Any], text: list[int]) -> list[torch.Tensor]:
@@ -147,7 +147,7 @@ def measure_time(llm: Any, calibration: dict[str, Any], text: list[int], args: a
     ffns = gated_ffn.find(runner_of(llm).get_model())
     inputs = inputs_of(llm, ffns, text)
     packed = [pack_ffn(*ffn.weights()) for ffn in ffns]
-    quantiles = calibration["ffn"]["quantiles"]
+    quantiles = calibration["quantiles"]
     taus = {s: [float(np.interp(s, LEVELS, q)) for q in quantiles] for s in SPARSITIES} | {0.0: [0.0] * len(ffns)}
     evict = torch.zeros(12_000_000)
     config = {"dtype": args.dtype, "threads": torch.get_num_threads(), "layers": len(ffns), "model": args.model.name}
@@ -385,7 +385,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=ROOT / ".models" / "smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--threads", type=int, help="of torch (default: as the engine has them)")
-    parser.add_argument("--texts", type=int, default=12)
+    parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--seconds", type=float, help="of part fidelity: leave out the texts that would take longer")
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--tokens", type=int, default=120, help="tokens per request of part step")

@@ -85,7 +85,7 @@ def calibration(llm, prompts, baseline):
     greedy(llm, prompts[10:11], 4, 1)
     result = quantiles.result()
     assert result["values"] == [count] * 30  # nothing after detach
-    return {"ffn": result}, torch.nn.functional.silu(torch.cat(seen)).abs()
+    return result, torch.nn.functional.silu(torch.cat(seen)).abs()
 
 
 @contextlib.contextmanager
@@ -141,9 +141,9 @@ def test_quantiles_of_a_known_distribution():
     ("calibration", "words"),
     [
         (None, NO_CALIBRATION),
-        ({"ffn": None}, NO_CALIBRATION),
-        ({"ffn": {"quantiles": [[0.1, 0.2]]}}, "19 thresholds"),
-        ({"ffn": {"quantiles": [[0.1] * 19]}}, "no feed-forward layers"),
+        ({}, NO_CALIBRATION),
+        ({"quantiles": [[0.1, 0.2]]}, "19 thresholds"),
+        ({"quantiles": [[0.1] * 19]}, "no feed-forward layers"),
     ],
 )
 def test_reasons_without_a_model(calibration, words):
@@ -156,7 +156,7 @@ def test_reasons_without_a_model(calibration, words):
 @pytest.mark.engine
 def test_calibration_is_the_quantiles(calibration):
     result, acts = calibration
-    rows = np.array(result["ffn"]["quantiles"])
+    rows = np.array(result["quantiles"])
     assert rows.shape == (30, 19) and (np.diff(rows, axis=1) > 0).all() and (rows > 0).all()
     wanted = np.quantile(acts.double().numpy().ravel(), LEVELS)
     np.testing.assert_allclose(rows[-1], wanted, rtol=0.02)
@@ -174,7 +174,7 @@ def test_exact_option_changes_nothing(llm, prompts, baseline, calibration):
 def test_reasons_of_a_real_model(llm, calibration):
     model = model_of(llm)
     ffn = gated_ffn.find(model)[7]
-    other = {"ffn": {"quantiles": calibration[0]["ffn"]["quantiles"][:-1]}}
+    other = {"quantiles": calibration[0]["quantiles"][:-1]}
     assert "29 feed-forward layers, this one has 30" in SparseFfn(options(), SparseStep(), other).attach(model)
 
     def reason(owner, name, value):
@@ -229,7 +229,7 @@ def test_layers_are_the_references(llm, prompts, calibration, sparsity, concurre
     """Every layer of every step beside the reference of the checkpoint's weights, on the same rows. (Tokens of two
     engines would not do: a sum in another order may move an activation across its threshold.)"""
     model, rows, shares, near = model_of(llm), [], [], 0
-    thresholds = [np.interp(sparsity, LEVELS, row) for row in calibration[0]["ffn"]["quantiles"]]
+    thresholds = [np.interp(sparsity, LEVELS, row) for row in calibration[0]["quantiles"]]
 
     def beside(ffn, tau):
         weights, forward = ffn.weights(), ffn.module.forward
@@ -320,7 +320,7 @@ def test_measured_break_even_is_a_share(llm, calibration):
 def test_compiled_mode(tmp_path):
     """The operator in a compiled model: sparse steps are sparse, and the model without them is another compiled one."""
     path = make_tiny_llama(tmp_path / "tiny", 512)
-    quantiles = {"ffn": {"quantiles": [[0.01 * n for n in range(1, 20)]] * 2}}
+    quantiles = {"quantiles": [[0.01 * n for n in range(1, 20)]] * 2}
     prompts = [{"prompt_token_ids": [3, 5, 8, 13, 21, 34, 3, 5, 8]}]
     settings = {"enforce_eager": False, "skip_tokenizer_init": True, "max_model_len": 128}
     step = SparseStep()

@@ -58,7 +58,7 @@ class SparseFfn:
         """
         Args:
             step: what the host says of the coming forward pass.
-            calibration: what `specplug sparse calibrate` found, whose part "ffn" is :meth:`FfnQuantiles.result`.
+            calibration: part "ffn" of what `specplug sparse calibrate` found: :meth:`FfnQuantiles.result`.
         """
         self._options = options
         self._step = step
@@ -134,10 +134,9 @@ class SparseFfn:
 
     def _thresholds(self) -> np.ndarray | str:
         """Of every layer, for the sparsity asked for; or why there are none."""
-        part = (self._calibration or {}).get("ffn")
-        if not part:
+        if not self._calibration:
             return NO_CALIBRATION
-        quantiles = np.array(part["quantiles"], np.float64)
+        quantiles = np.array(self._calibration["quantiles"], np.float64)
         if quantiles.ndim != 2 or quantiles.shape[1] != len(LEVELS):
             return f"the calibration's ffn.quantiles must have {len(LEVELS)} thresholds per layer"
         wanted = self._options.ffn_sparsity
