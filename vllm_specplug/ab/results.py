@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,8 +131,8 @@ class Probe:
     index: int
     task: str
     tokens: list[int]
-    own: list[Top]
-    exact: list[Top]
+    own: Sequence[Top]
+    exact: Sequence[Top]
 
 
 @dataclass(frozen=True)
