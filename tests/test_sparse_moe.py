@@ -51,7 +51,7 @@ def calibration(llm: Any, prompts: Any) -> dict[str, Any]:
     tails.attach(model_of(llm))
     run(llm, prompts)
     tails.detach()
-    return {"moe": tails.result()}
+    return tails.result()
 
 
 def model_of(llm: Any) -> torch.nn.Module:
@@ -126,8 +126,8 @@ def test_exact_options_leave_the_model_untouched(llm: Any, prompts: Any, dense_o
 def test_drops_need_a_calibration_of_this_model(llm: Any) -> None:
     options = SparseVerifyOptions(moe_drop=2)
     assert "no calibration" in SparseMoe(options, SparseStep(), None).attach(model_of(llm))
-    assert "no calibration" in SparseMoe(options, SparseStep(), {"ffn": {}}).attach(model_of(llm))
-    other = {"moe": {"beta": [[0.1, 0.2, 0.3]] * 4}}
+    assert "no calibration" in SparseMoe(options, SparseStep(), {}).attach(model_of(llm))
+    other = {"beta": [[0.1, 0.2, 0.3]] * 4}
     assert "of a model of 4 mixture-of-experts layers" in SparseMoe(options, SparseStep(), other).attach(model_of(llm))
     assert untouched(llm)
 
@@ -182,7 +182,7 @@ def test_nothing_happens_without_groups(llm: Any, prompts: Any, dense_outputs: A
 
 
 def test_tail_drop(llm: Any, prompts: Any, calibration: dict[str, Any]) -> None:
-    betas = calibration["moe"]["beta"]
+    betas = calibration["beta"]
     assert len(betas) == LAYERS
     assert all(len(beta) == 3 and 0 < beta[0] < beta[1] < beta[2] < 1 for beta in betas)
     assert untouched(llm)

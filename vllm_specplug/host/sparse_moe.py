@@ -38,8 +38,7 @@ class SparseMoe:
         """
         Args:
             step: what the host says of the coming forward pass.
-            calibration: what `specplug sparse calibrate` found, whose part "moe" is :meth:`MoeTails.result`. Needed by
-                ``moe_drop`` only.
+            calibration: :meth:`MoeTails.result`, which `specplug sparse calibrate` saves; ``moe_drop`` alone needs it.
         """
         self._options = options
         self._step = step
@@ -73,15 +72,12 @@ class SparseMoe:
             layer.replace(lambda own, layer=layer, edit=edit: self._edited(layer, edit, own), bool(compiled))  # type: ignore[misc]
         moe_layers.mark_compiled(compiled)
         self._layers = layers
-        logger.info(
-            "vllm-specplug: mixture-of-experts layers are approximate: verified rows of a step use at most %d of %d "
-            "experts%s.",
-            edits[0].budget(layers[0].num_experts),
-            layers[0].num_experts,
-            f", and drop up to {len(edits[0].thresholds)} of a token's {layers[0].top_k}"
-            if edits[0].thresholds
-            else "",
-        )
+        first, edit, parts = layers[0], edits[0], []
+        if edit.share < 1:
+            parts.append(f"a step's use at most {edit.budget(first.num_experts)} of {first.num_experts} experts")
+        if edit.thresholds:
+            parts.append(f"a token drops up to {len(edit.thresholds)} of its {first.top_k}")
+        logger.info("vllm-specplug: mixture-of-experts layers of verified rows are approximate: %s.", "; ".join(parts))
         return ""
 
     def detach(self) -> None:
@@ -106,7 +102,7 @@ class SparseMoe:
         drop, share = self._options.moe_drop, self._options.moe_experts
         if not drop:
             return [Edit(share=share, keep=self.static_keep)] * count
-        betas = ((self._calibration or {}).get("moe") or {}).get("beta")
+        betas = (self._calibration or {}).get("beta")
         if betas is None:
             return NO_CALIBRATION
         if len(betas) != count:
