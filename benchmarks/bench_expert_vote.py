@@ -1,7 +1,7 @@
 """Fewer experts for verified rows, in vLLM's CPU engine: what it does to the model's answers, and to a step's time.
 
     python benchmarks/bench_expert_vote.py [--model .models/smollm2-135m-moe] [--dense .models/smollm2-135m]
-        [--parts quality fidelity time] [--repeats 40] [--csv benchmarks/results/expert_vote.csv]
+        [--parts quality fidelity time kernel] [--repeats 40] [--csv benchmarks/results/expert_vote.csv]
 
 The model is the embedded one split into experts (`specplug model export DIR --moe`); `quality` says what splitting
 cost, by transformers in float32: perplexity of the dense model and of the split one with its own number of experts per
@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from replay import write_rows
+from vllm_specplug.kernels.expert_vote import Edit, RoutingEditor
 from vllm_specplug.proposers.sparse_verify import SparseVerifyOptions
 
 from vllm_specplug.host.sparse_moe import MoeTails, SparseMoe
@@ -44,6 +45,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "expert_vote.csv"
 READMES = ("torch", "transformers", "numba", "pydantic", "tqdm", "fastapi", "regex", "charset-normalizer")
 TEXT_TOKENS, EXACT_TOKENS, ANSWER_TOKENS = 384, 128, 128
 GROUP = 8
+PARTS = ("quality", "fidelity", "time", "kernel")
 CONTEXT, ROWS = 512, (1, 2, 4, 8, 16)
 
 #: Name to moe_drop, moe_experts, static top-k'.
@@ -296,17 +298,60 @@ def timing(bench: Bench, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def kernel(repeats: int) -> list[dict[str, Any]]:
+    """vLLM's fused kernel on experts of a real size."""
+    import vllm  # noqa: F401  its operators
+    from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
+
+    experts, channels, hidden, top_k = 128, 768, 2048, 8
+    draw = torch.Generator().manual_seed(0)
+
+    def weight(*shape: int) -> torch.Tensor:
+        one = torch.randn(shape[1:], generator=draw).mul_(0.02).bfloat16()
+        return cpu_prepack_moe_weight(one.expand(shape).contiguous(), "vec")
+
+    w13, w2 = weight(experts, 2 * channels, hidden), weight(experts, hidden, channels)
+    rows = []
+    for count in ROWS:
+        x = torch.randn(count, hidden, generator=draw).bfloat16()
+        out = torch.empty_like(x)
+        logits = torch.randn(1, experts, generator=draw) + torch.randn(count, experts, generator=draw)
+        every, pool = np.arange(count, dtype=np.int32), np.array([0, count], np.int32)
+        routed = {}
+        for name, edit in {"exact": Edit(), **{f"vote {n:g}": Edit(share=n) for n in (0.0625, 0.125, 0.25)}}.items():
+            editor = RoutingEditor(experts, top_k, True, edit)
+            weights, ids, _ = editor(logits.numpy(), every, pool)
+            routed[name] = torch.from_numpy(weights), torch.from_numpy(ids), int(editor.used[1])
+        taken: dict[str, list[float]] = {name: [] for name in routed}
+        for _ in range(repeats):
+            for name, (weights, ids, _) in routed.items():
+                start = time.perf_counter()
+                cpu_fused_moe(out, x, w13, w2, None, None, weights, ids, "silu", "vec", False)
+                taken[name].append(time.perf_counter() - start)
+        for name, seconds in taken.items():
+            ratio = float(np.median(np.array(seconds) / np.array(taken["exact"])))
+            low, middle, high = np.percentile(np.array(seconds) * 1e3, (20, 50, 80))
+            config = json.dumps({"rows": count, "threads": torch.get_num_threads()})
+            row = {"provider": name, "task": f"kernel, {count} rows", "config": config, "seed": 0}
+            figures = {"value": f"{middle:.4g}", "p20": f"{low:.4g}", "p80": f"{high:.4g}"}
+            rows.append(row | {"metric": "layer", "unit": "ms"} | figures)
+            rows.append(row | {"metric": "layer_over_exact", "unit": "ratio", "value": f"{ratio:.4g}"})
+            rows.append(row | {"metric": "experts", "unit": "per layer", "value": routed[name][2]})
+            print(f"{count:>3} rows  {name:<12}{middle:8.2f} ms  {ratio:.3f}  experts {routed[name][2]}", flush=True)
+    return rows
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Fewer experts for verified rows: fidelity and time.")
     parser.add_argument("--model", type=Path, default=ROOT / ".models" / "smollm2-135m-moe")
     parser.add_argument("--dense", type=Path, default=ROOT / ".models" / "smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--parts", nargs="+", choices=("quality", "fidelity", "time"), default=["fidelity", "time"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["fidelity", "time", "kernel"])
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--csv", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if not (args.model / "config.json").is_file():
+    if args.parts != ["kernel"] and not (args.model / "config.json").is_file():
         print(f"error: no model in {args.model}; run: specplug model export {args.model} --moe", file=sys.stderr)
         return 2
 
@@ -315,6 +360,8 @@ def main() -> int:
 
     if "quality" in args.parts:
         keep(quality(args.dense, args.model))
+    if "kernel" in args.parts:
+        keep(kernel(args.repeats))
     measures: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
         "fidelity": fidelity,
         "time": lambda bench: timing(bench, args.repeats),
