@@ -146,6 +146,8 @@ def measure_time(llm: Any, calibration: dict[str, Any], text: list[int], args: a
 
     ffns = gated_ffn.find(runner_of(llm).get_model())
     inputs = inputs_of(llm, ffns, text)
+    if args.threads:
+        torch.set_num_threads(args.threads)  # after the engine's last step, which sets it
     packed = [pack_ffn(*ffn.weights()) for ffn in ffns]
     quantiles = calibration["quantiles"]
     taus = {s: [float(np.interp(s, LEVELS, q)) for q in quantiles] for s in SPARSITIES} | {0.0: [0.0] * len(ffns)}
@@ -384,7 +386,7 @@ def main() -> int:
     parser.add_argument("--part", nargs="+", choices=("time", "step", "fidelity"), default=["time", "step", "fidelity"])
     parser.add_argument("--model", type=Path, default=ROOT / ".models" / "smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--threads", type=int, help="of torch (default: as the engine has them)")
+    parser.add_argument("--threads", type=int, help="of part time (default: as the engine has them)")
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--seconds", type=float, help="of part fidelity: leave out the texts that would take longer")
     parser.add_argument("--repeats", type=int, default=25)
@@ -394,8 +396,6 @@ def main() -> int:
     rows: list[Row] = []
     if {"time", "step"} & set(args.part):
         llm = start_engine(args)
-        if args.threads:
-            torch.set_num_threads(args.threads)
         calibration = calibrate(llm, texts(args.prompts, llm.get_tokenizer(), False, args.texts))
         ids = texts(args.prompts, llm.get_tokenizer(), True, args.texts)
         with torch.inference_mode():
