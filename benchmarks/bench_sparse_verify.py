@@ -66,16 +66,16 @@ class Bench:
         self.exact: list[torch.Tensor] = []
         self.seen: list[torch.Tensor] = []
         self._at = 0
-        self._propose = self.drafter.lifecycle.proposer.propose
-        self.drafter.lifecycle.proposer.propose = self.propose
+        self.forget()
         self._verify = self.drafter.verify
         self.drafter.verify = self.verify
 
     def use(self, options: dict[str, Any] | None) -> None:
         """Verify by these options of SparseVerify from now on; None: exactly."""
+        from vllm_specplug.proposers.sparse_verify import SparseVerifyOptions
+
         from vllm_specplug.host.sparse_attention import SparseAttention
         from vllm_specplug.options import parse
-        from vllm_specplug.proposers.sparse_verify import SparseVerifyOptions
 
         sparse, backend = self.drafter.sparse, self.drafter.trees.backend
         chosen = parse(SparseVerifyOptions, {} if options is None else options, "--settings")
@@ -107,6 +107,18 @@ class Bench:
             self._at += len(wanted)
         return self._verify(runner, logits, metadata, original)
 
+    def forget(self) -> None:
+        """Let a new proposer draft, which has learned nothing: not even from the same text."""
+        from vllm_specplug import registry
+
+        # vLLM reports the last request's end with the next step only.
+        self.drafter.lifecycle.end(list(self.drafter.lifecycle._slots.of))
+        user = registry.parse_options(self.runner.vllm_config.additional_config)
+        proposer = user.build(registry.find("SparseVerify"))
+        self._propose = proposer.propose
+        proposer.propose = self.propose
+        self.drafter.lifecycle.proposer = proposer
+
     def generate(self, prompt: list[int], count: int, text: list[int] | None = None) -> tuple[list[int], int]:
         """Greedy output and steps. With ``text``: it is accepted, and the logits of its rows are in `seen`."""
         from vllm import SamplingParams
@@ -133,6 +145,7 @@ def measure(bench: Bench, prompts: list[dict[str, Any]], settings: dict[str, Any
     for number, prompt in enumerate(prompts):
         ids, task = prompt["prompt_token_ids"], prompt["task"]
         bench.use(None)
+        bench.forget()
         text, steps = bench.generate(ids, output)
         found["exact"]["steps"].append(steps)
         bench.generate(ids, output, text)
@@ -150,6 +163,7 @@ def measure(bench: Bench, prompts: list[dict[str, Any]], settings: dict[str, Any
             of["kl"].append(float(np.mean(kl)))
             of["share"].append(bench.drafter.sparse.attention.stats()["sparse_attention_share"])
             bench.use(options)
+            bench.forget()
             free, steps = bench.generate(ids, output)
             differ = [i for i, (a, b) in enumerate(zip(text, free, strict=True)) if a != b]
             of["equal"].append(1 - len(differ) / output)

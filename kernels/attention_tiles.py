@@ -118,7 +118,8 @@ def attend_chosen(  # type: ignore[no-untyped-def]
             # Neighbours in one block are one product.
             while i + run < taken and (first + run) % per_block and load(chosen, 1 + at + i + run) == first + run:
                 run += 1
-            from_keys = keys_at + load(table, first // per_block) * key_block
+            block = load(table, first // per_block)
+            from_keys = keys_at + block * key_block
             pitch = block_size * element
             if keys_in_place == 0:
                 pitch = lanes.load_wide(call, KEY_STRIDE)
@@ -126,6 +127,14 @@ def attend_chosen(  # type: ignore[no-untyped-def]
                 key_table = lanes.load_wide(call, KEY_TABLE)
                 lanes.row_gather(kind, from_keys, key_table, gathered, every, lanes.load_wide(call, KEY_RUN))
                 from_keys = gathered
+            elif values_in_place != 0:
+                # The choice jumps about, so the processor does not see what comes next: the next keys, these values.
+                if at + i + run < count:
+                    after = load(chosen, 1 + at + i + run)
+                    there = keys_at + load(table, after // per_block) * key_block + after % per_block * unit * element
+                    lanes.rows_fetch(there, pitch, head_size, unit * element)
+                there = values_at + block * value_block + first % per_block * unit * head_size * element
+                lanes.rows_fetch(there, 0, 1, run * unit * head_size * element)
             multiply(
                 kind, packed, width, from_keys + first % per_block * unit * element, pitch, element,
                 scores + i * unit * 4, row_bytes, queries, run * unit // LANES, head_size, 0,

@@ -272,18 +272,18 @@ def _nothing(address: int) -> None:
 
 
 def prepare_choice(
-    step: PreparedStep, selection: Selection, entries: Sequence[_Entry | None], shares: Float32Array
+    step: PreparedStep, selection: Selection, entries: Sequence[_Entry | None], shares: Sequence[Float32Array]
 ) -> Choice:
     """Prepare the choice of units for a step.
 
     Args:
         step: prepared by `prepare_step`; its description is told where the choice will be.
         entries: summaries of each tree's request, updated to its context; None: the tree attends everything.
-        shares: ``float32[L, kv_heads]`` budget of each layer and KV head, relative to the selection's.
+        shares: per tree, ``float32[L, kv_heads]`` budget of each layer and KV head, relative to the selection's.
     """
     block_size = step.layout.block_size
     contexts = step.trees.contexts.numpy()
-    trees, (layers, kv_heads) = len(contexts), shares.shape
+    trees, (layers, kv_heads) = len(contexts), shares[0].shape
     tails, units = np.zeros(trees, np.int32), np.zeros(trees, np.int32)
     counts = np.full((layers, trees, kv_heads), -1, np.int32)
     places = np.zeros((trees, 2), np.int64)
@@ -295,7 +295,7 @@ def prepare_choice(
         tails[i] = selection.tail_block(context, block_size)
         units[i] = int(tails[i]) * block_size // selection.unit
         places[i] = entry.values.ctypes.data, entry.values.shape[-1]
-        budget = (selection.budget(context) * shares).astype(np.int64) - (context - int(tails[i]) * block_size)
+        budget = (selection.budget(context) * shares[i]).astype(np.int64) - (context - int(tails[i]) * block_size)
         counts[:, i] = np.minimum(np.maximum(-(-budget // selection.unit), first), units[i])
     every = np.where(counts < 0, units[None, :, None], counts) == units[None, :, None]
     dense = every.all((1, 2))

@@ -40,7 +40,7 @@ def run(case: Case, selection: Selection, shares: np.ndarray | None = None, laye
         for i, (r, c) in enumerate(zip(requests, contexts, strict=True))
     ]
     shares = np.ones((layers, kv_heads), np.float32) if shares is None else shares
-    choice = prepare_choice(step, selection, entries, shares)
+    choice = prepare_choice(step, selection, entries, [shares] * len(entries))
     out = case.out.clone()
     args = (case.query, case.key_cache, case.value_cache, case.block_table, case.trees)
     tree_attention_cpu(*args, out, case.scale, -1, case.layout, step, choice.layer(layers - 1, True))

@@ -6,6 +6,7 @@ Runs the model on text, in this process and exactly, and observes. SparseVerify 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from .common import CommandError, describe_error
 from .model import default_dir, is_exported
 
 #: Tokens computed after each prompt, and verify steps observed of them.
-_OUTPUT, _STEPS = 48, 4
+_OUTPUT, _STEPS = 48, 6
 _DRAFTS = 7
 
 
@@ -27,6 +28,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     calibrate = actions.add_parser("calibrate", help="find out what each layer and head of a model needs")
     calibrate.add_argument("model", nargs="?", help="as for `vllm serve`; default: the embedded one")
     calibrate.add_argument("--text", type=Path, action="append", metavar="FILE", help="text of your users' kind; again")
+    calibrate.add_argument(
+        "--workload", type=Path, metavar="FILE", help="requests instead: JSON lines with prompt or prompt_token_ids"
+    )
     calibrate.add_argument("--out", type=Path, metavar="FILE", help="default: where SparseVerify looks for this model")
     calibrate.add_argument("--context", type=int, default=4096, help="tokens per prompt (default: %(default)s)")
     calibrate.add_argument("--prompts", type=int, default=12, help="default: %(default)s")
@@ -43,14 +47,15 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("sparse calibrate: name a model, or make the embedded one: specplug model export DIR.")
     if args.prompts < 1 or args.context < 512:
         raise CommandError("sparse calibrate: wanted at least 1 prompt of at least 512 tokens of context.")
-    texts = _texts(args.text)
+    texts = _texts(args.text) if args.workload is None else []
+    requests = _requests(args.workload) if args.workload is not None else []
     from vllm_specplug.host import sparse_calibration
 
     out = args.out or sparse_calibration.default_path(model)
     if out.is_dir() or not _writable(out):
         raise CommandError(f"sparse calibrate: cannot write {out}; name another file with --out.")
     started = time.monotonic()
-    found = _calibrate(model, args, texts)
+    found = _calibrate(model, args, texts, requests)
     sparse_calibration.save(out, {"model": model, **found})
     layers = found["attention"]
     print(f"Observed {layers['steps']} steps at {layers['context']} tokens in {time.monotonic() - started:.0f} s.")
@@ -92,6 +97,29 @@ def _installed_texts() -> list[str]:
     return [text for text in texts if text]
 
 
+def _requests(file: Path) -> list[str | list[int]]:
+    """The prompts of a workload."""
+    try:
+        lines = [line for line in file.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise CommandError(f"sparse calibrate: cannot read {file}: {error.strerror}.") from None
+    found: list[str | list[int]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            data = json.loads(line)
+            prompt = data.get("prompt_token_ids", data.get("prompt"))
+        except (ValueError, AttributeError):
+            prompt = None
+        if not isinstance(prompt, str | list) or not prompt:
+            raise CommandError(
+                f"sparse calibrate: {file}, line {number}: expected a JSON object with prompt or prompt_token_ids."
+            )
+        found.append(prompt)
+    if not found:
+        raise CommandError(f"sparse calibrate: {file} holds no requests.")
+    return found
+
+
 def _prompts(tokenizer: Any, texts: list[str], count: int, tokens: int) -> list[list[int]]:
     """``count`` prompts of ``tokens`` tokens, the texts by turns, each from where the last one ended."""
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -108,7 +136,9 @@ def _prompts(tokenizer: Any, texts: list[str], count: int, tokens: int) -> list[
     return prompts
 
 
-def _calibrate(model: str, args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
+def _calibrate(
+    model: str, args: argparse.Namespace, texts: list[str], requests: list[str | list[int]]
+) -> dict[str, Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
@@ -131,7 +161,11 @@ def _calibrate(model: str, args: argparse.Namespace, texts: list[str]) -> dict[s
         )
     except Exception as error:
         raise CommandError(f"sparse calibrate: vLLM cannot start {model}: {describe_error(error)}") from None
-    return observe(llm, _prompts(llm.get_tokenizer(), texts, args.prompts, args.context))
+    tokenizer = llm.get_tokenizer()
+    if requests:
+        ids = [tokenizer(r)["input_ids"] if isinstance(r, str) else r for r in requests[: args.prompts]]
+        return observe(llm, [found[: args.context] for found in ids])
+    return observe(llm, _prompts(tokenizer, texts, args.prompts, args.context))
 
 
 def observe(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:

@@ -27,29 +27,53 @@ logger = logging.getLogger("vllm.specplug")
 BoolArray = np.ndarray
 
 
+# Contexts whose lengths differ by less share the heads' budgets.
+_BUCKET = 1024
+
+
 class GroupSparse:
     """The layers of one KV cache group.
 
     Attributes:
         sums: of the requests' contexts.
-        shares: ``float32[L, kv_heads]`` of the budget, relative.
     """
 
-    def __init__(self, owner: SparseAttention, sums: UnitSummaries, shares: np.ndarray) -> None:
+    def __init__(
+        self, owner: SparseAttention, sums: UnitSummaries, errors: np.ndarray | None, even: np.ndarray
+    ) -> None:
+        """
+        Args:
+            errors: ``float32[F, L, kv_heads]`` of each share of a context that was tried; None: not calibrated.
+            even: ``float32[L, kv_heads]`` relative budgets where there are no errors.
+        """
         self.sums = sums
-        self.shares = shares
         self._owner = owner
+        self._errors = errors
+        self._even = even
+        self._shares: dict[int, np.ndarray] = {}
+
+    def shares(self, context: int) -> np.ndarray:
+        """``float32[L, kv_heads]`` budget of each head in a context of so many tokens, relative to their mean."""
+        if self._errors is None:
+            return self._even
+        bucket = max(context // _BUCKET, 1)
+        if bucket not in self._shares:
+            mean = self.sums.selection.budget(bucket * _BUCKET) / (bucket * _BUCKET)
+            found = allocate(self._owner.fractions, self._errors.reshape(len(self._errors), -1), mean)
+            self._shares[bucket] = (found / mean).astype(np.float32).reshape(self._even.shape)
+        return self._shares[bucket]
 
     def prepare(self, plan: StepPlan, step: PreparedStep, table: torch.Tensor) -> Choice | None:
         """What the trees of the plan attend in these layers; None: everything. ``table``: ``int32[B, blocks]``."""
         if plan.sparse is None or not plan.sparse.any():
             return None
         blocks = table.numpy()
-        entries = []
+        entries, shares = [], []
         for i, (row, sparse) in enumerate(zip(plan.trees.requests.tolist(), plan.sparse.tolist(), strict=True)):
             context = int(plan.trees.contexts[i])
+            shares.append(self.shares(context))
             entries.append(self.sums.update(self._owner.ids[row], blocks[row], context) if sparse else None)
-        choice = prepare_choice(step, self.sums.selection, entries, self.shares)
+        choice = prepare_choice(step, self.sums.selection, entries, shares)
         self._owner.count(plan, choice)
         return choice
 
@@ -59,6 +83,7 @@ class SparseAttention:
 
     Attributes:
         ids: request ids by row of the runner's batch, of the present step.
+        fractions: ``float32[F]`` shares of a context that calibration tried.
     """
 
     def __init__(
@@ -77,6 +102,7 @@ class SparseAttention:
         self.ids: Sequence[str] = ()
         self.groups: list[GroupSparse] = []
         self._calibration = calibration
+        self.fractions = np.array([] if calibration is None else calibration["fractions"], np.float32)
         self._applies = applies
         self._steps = self._rows = 0
         self._attended = 0.0
@@ -102,28 +128,23 @@ class SparseAttention:
             return None
         sums = UnitSummaries(caches, self.selection)
         names, kv_heads = list(impls), int(caches.layers[0, 6])
-        group = GroupSparse(self, sums, self._shares(names, kv_heads))
+        even = np.full((len(names), kv_heads), 0.0 if self.options.scorer == "streaming" else 1.0, np.float32)
+        group = GroupSparse(self, sums, self._errors(names, kv_heads), even)
         anchors = self._anchors(names)
         for index, (name, impl) in enumerate(impls.items()):
             impl.layer = (index, index == 0 or name in anchors)
         self.groups.append(group)
         return group
 
-    def _shares(self, names: list[str], kv_heads: int) -> np.ndarray:
-        even = np.ones((len(names), kv_heads), np.float32)
-        if self.options.scorer == "streaming":
-            return even * 0
+    def _errors(self, names: list[str], kv_heads: int) -> np.ndarray | None:
         found = self._calibration
-        if found is None or self.options.budgets == "uniform":
-            return even
+        if found is None or self.options.budgets == "uniform" or self.options.scorer == "streaming":
+            return None
         places = _places(found, names)
         errors = np.array(found["errors"], np.float32)[:, places]
         if errors.shape[2] != kv_heads:
             raise ValueError(f"the calibration is of a model with {errors.shape[2]} KV heads, this one has {kv_heads}")
-        context = int(found["context"])
-        mean = self.selection.budget(context) / context
-        fractions = np.array(found["fractions"], np.float32)
-        return (allocate(fractions, errors.reshape(len(errors), -1), mean) / mean).reshape(even.shape)
+        return errors
 
     def _anchors(self, names: list[str]) -> set[str]:
         found = self._calibration
