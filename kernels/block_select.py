@@ -20,9 +20,10 @@ import torch
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
 
-#: What a unit's summary holds and how a query scores it: ``minmax``: the least and the largest of each dimension of its
-#: keys, an upper bound of every key's product; ``mean``: its mean key.
-SUMMARIES = ("minmax", "mean")
+#: What a unit's summary holds: ``minmax``: the largest and the least of each dimension of its keys, with which a query
+#: makes an upper bound of every key's product; ``mean``: its mean key; ``halfway``: what lies halfway between the
+#: bounds and the mean, so that a query's score is the mean of both scores.
+SUMMARIES = ("halfway", "minmax", "mean")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,12 @@ class Selection:
         dense_below: contexts of up to so many tokens are attended whole.
         ratio: share of what lies beyond that is attended.
         by_head: each KV head chooses by its own query heads; else all heads of the layer by one vote.
-        all_rows: all rows to verify vote; else the first, the last accepted token.
+        all_rows: the mean query of all rows to verify votes (as in TokenSelect); else that of the first, the last
+            accepted token.
     """
 
     unit: int = 32
-    summary: str = "minmax"
+    summary: str = "halfway"
     first: int = 32
     last: int = 64
     dense_below: int = 1024
@@ -75,12 +77,14 @@ def summarise(keys: torch.Tensor, summary: str) -> torch.Tensor:
         summary: one of `SUMMARIES`.
 
     Returns:
-        ``float32[..., parts, head_size]``: the largest and the least (``minmax``), or the mean.
+        ``float32[..., parts, head_size]``: what takes the place of the largest and of the least, or the mean alone.
     """
     keys = keys.float()
+    mean = keys.mean(-2, keepdim=True)
     if summary == "mean":
-        return keys.mean(-2, keepdim=True)
-    return torch.stack([keys.amax(-2), keys.amin(-2)], -2)
+        return mean
+    bounds = torch.stack([keys.amax(-2), keys.amin(-2)], -2)
+    return bounds if summary == "minmax" else (bounds + mean) / 2
 
 
 def scores_reference(query: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
@@ -101,9 +105,10 @@ def scores_reference(query: torch.Tensor, summaries: torch.Tensor) -> torch.Tens
 
 
 def votes_reference(query: torch.Tensor, summaries: torch.Tensor, scale: float, by_head: bool) -> torch.Tensor:
-    """``float32[kv_heads, units]``: mean over the voting query heads and rows of the softmax of their scores over the
-    units; without ``by_head`` the same for all KV heads."""
-    shares = (scores_reference(query, summaries) * scale).softmax(-1)
+    """``float32[kv_heads, units]``: mean over the voting query heads of the softmax over the units of the scores of the
+    rows' mean query; without ``by_head`` the same for all KV heads."""
+    mean = query.float().mean(0, keepdim=True)
+    shares = (scores_reference(mean, summaries) * scale).softmax(-1)
     kv_heads, units = summaries.shape[:2]
     votes = shares.reshape(kv_heads, -1, units).mean(1)
     return votes if by_head else votes.mean(0, keepdim=True).expand(kv_heads, units)

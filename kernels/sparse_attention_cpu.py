@@ -38,7 +38,7 @@ from vllm_specplug.kernels.attention_tiles import (
     UNIT,
     multiply,
 )
-from vllm_specplug.kernels.block_select import SUMMARIES, Selection, summarise
+from vllm_specplug.kernels.block_select import Selection, summarise
 from vllm_specplug.kernels.kv_cache_cpu import Caches, Int32Array
 from vllm_specplug.kernels.lanes import LANES
 from vllm_specplug.kernels.memory import kernel, load
@@ -153,6 +153,7 @@ class UnitSummaries:
                 entry.units,
                 wanted,
                 unit,
+                self.selection.summary == "halfway",
                 self._scratch,
             )
         entry.units = max(entry.units, wanted)
@@ -179,7 +180,7 @@ class UnitSummaries:
 
 
 @kernel
-def _summarise(kind, layers, words, blocks, values, begin, end, unit, scratch):  # type: ignore[no-untyped-def]
+def _summarise(kind, layers, words, blocks, values, begin, end, unit, halfway, scratch):  # type: ignore[no-untyped-def]
     """Fill the units from ``begin`` to ``end`` of a request's summaries; see `_Entry` and `CacheLayout.words`."""
     head_size, block_size, element = words[0], words[1], words[2]
     in_place, key_table, key_run, stride = words[3], words[5], words[7], words[9]
@@ -202,9 +203,14 @@ def _summarise(kind, layers, words, blocks, values, begin, end, unit, scratch): 
                     row = keys + d * pitch
                     if parts == 1:
                         values[layer, head, 0, d, at] = lanes.row_sum(kind, row, vectors) / np.float32(unit)
-                    else:
-                        values[layer, head, 0, d, at] = lanes.row_largest(kind, row, vectors)
-                        values[layer, head, 1, d, at] = lanes.row_smallest(kind, row, vectors)
+                        continue
+                    largest, smallest = lanes.row_largest(kind, row, vectors), lanes.row_smallest(kind, row, vectors)
+                    if halfway:
+                        mean = lanes.row_sum(kind, row, vectors) / np.float32(unit)
+                        largest = (largest + mean) * np.float32(0.5)
+                        smallest = (smallest + mean) * np.float32(0.5)
+                    values[layer, head, 0, d, at] = largest
+                    values[layer, head, 1, d, at] = smallest
 
 
 @dataclass(slots=True, eq=False)
@@ -242,7 +248,7 @@ class Choice:
         def choose(address: int) -> None:
             selection = self.selection
             first = -(-selection.first // selection.unit)
-            parts = 1 if selection.summary == SUMMARIES[1] else 2
+            parts = 1 if selection.summary == "mean" else 2
             _choose(
                 _KINDS[self.step.layout.dtype],
                 address,
@@ -301,7 +307,7 @@ def prepare_choice(
     dense = every.all((1, 2))
     most = int(units.max(initial=0))
     chosen = np.full((trees, kv_heads, 1 + most), -1, np.int32)
-    parts = 1 if selection.summary == SUMMARIES[1] else 2
+    parts = 1 if selection.summary == "mean" else 2
     width = -(-most // LANES) * LANES
     # Packed queries of a group, their scores, the votes, and a copy of one head's to find the threshold in.
     queries = _MOST_GROUP
@@ -375,33 +381,35 @@ def _choose(  # type: ignore[no-untyped-def]
         for i in range(lists * columns * LANES):
             lanes.store_number(votes, i, np.float32(0))
         rows = load(sizes, tree) if all_rows else 1
-        share = np.float32(1) / np.float32(group * rows * (kv_heads // lists))
+        share = np.float32(1) / np.float32(group * (kv_heads // lists))
         capacity = places[tree, 1]
         for head in range(kv_heads):
             table = places[tree, 0] + ((layer * kv_heads + head) * depth * capacity) * 4
             into = votes + (head * row_bytes if by_head else 0)
-            for r in range(rows):
-                source = lanes.load_wide(call, QUERY) + (load(starts, tree) + r) * query_row
-                for g in range(group):
-                    at = raw + g * head_size * 4
-                    lanes.row_copy(kind, source + (head * group + g) * query_head, floats, at, vectors, scale)
-                    target = packed + g * depth * 4
-                    if parts == 1:
-                        lanes.row_copy(floats, at, floats, target, vectors, np.float32(1))
-                    else:
-                        lanes.row_signs(at, target, target + head_size * 4, vectors)
-                element = np.int64(4)
-                multiply(
-                    floats, packed, depth * 4, table, capacity * 4, element,
-                    scores, row_bytes, group, columns, depth, 0,
-                )  # fmt: skip
-                for g in range(group):
-                    line = scores + g * row_bytes
-                    for u in range(size, columns * LANES):
-                        lanes.store_number(line, u, np.float32(-np.inf))
-                    largest = lanes.row_largest(floats, line, columns)
-                    total = lanes.row_exp2(line, columns, largest)
-                    lanes.row_add(line, into, columns, share / total)
+            source = lanes.load_wide(call, QUERY) + load(starts, tree) * query_row
+            for g in range(group):
+                at = raw + g * head_size * 4
+                target = packed + g * depth * 4
+                mine = source + (head * group + g) * query_head
+                lanes.row_copy(kind, mine, floats, at, vectors, scale / np.float32(rows))
+                for r in range(1, rows):
+                    lanes.row_copy(kind, mine + r * query_row, floats, target, vectors, np.float32(1))
+                    lanes.row_add(target, at, vectors, scale / np.float32(rows))
+                if parts == 1:
+                    lanes.row_copy(floats, at, floats, target, vectors, np.float32(1))
+                else:
+                    lanes.row_signs(at, target, target + head_size * 4, vectors)
+            multiply(
+                floats, packed, depth * 4, table, capacity * 4, np.int64(4),
+                scores, row_bytes, group, columns, depth, 0,
+            )  # fmt: skip
+            for g in range(group):
+                line = scores + g * row_bytes
+                for u in range(size, columns * LANES):
+                    lanes.store_number(line, u, np.float32(-np.inf))
+                largest = lanes.row_largest(floats, line, columns)
+                total = lanes.row_exp2(line, columns, largest)
+                lanes.row_add(line, into, columns, share / total)
         for head in range(kv_heads):
             value = votes + (head * row_bytes if by_head else 0)
             if by_head or head == 0:

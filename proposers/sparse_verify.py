@@ -33,15 +33,17 @@ class SparseVerifyOptions(BudgetOptions):
     )
     unit: int = option(32, "tokens that are attended or left out together; must divide the KV block size", low=16)
     scorer: str = option(
-        "minmax",
-        "how parts of the context are ranked: by bounds of their keys (minmax), by their mean key (mean), or not at "
-        "all: only the beginning and the end are attended (streaming)",
-        choices=("minmax", "mean", "streaming"),
+        "halfway",
+        "how parts of the context are ranked: by bounds of their keys (minmax), by their mean key (mean), by the mean "
+        "of both scores (halfway), or not at all: only the beginning and the end are attended (streaming)",
+        choices=("halfway", "minmax", "mean", "streaming"),
     )
     first: int = option(32, "tokens at the beginning that are always attended", low=0)
     last: int = option(64, "tokens before the drafts that are always attended, at least", low=0)
     by_head: bool = option(False, "each KV head ranks by its own queries; false: all heads of a layer by one vote")
-    all_rows: bool = option(False, "all rows to verify rank; false: the last accepted token does, for all of them")
+    all_rows: bool = option(
+        True, "the mean query of all rows to verify ranks, for all of them; false: that of the last accepted token"
+    )
     budgets: str = option(
         "calibrated",
         "each KV head attends as much as calibration found it needs (calibrated), or all alike (uniform)",
@@ -85,7 +87,7 @@ class SparseVerifyOptions(BudgetOptions):
         """How the attention part chooses."""
         return Selection(
             unit=self.unit,
-            summary="mean" if self.scorer == "mean" else "minmax",
+            summary="halfway" if self.scorer == "streaming" else self.scorer,
             first=self.first,
             last=self.last,
             dense_below=self.dense_below,

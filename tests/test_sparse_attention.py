@@ -87,6 +87,8 @@ def test_minmax_bounds_every_key_and_mean_is_the_mean_score():
     true = torch.einsum("rhd,hukd->hruk", query, keys.repeat_interleave(2, 0))
     assert (scores_reference(query, summarise(keys, "minmax")) >= true.amax(-1) - 1e-5).all()
     torch.testing.assert_close(scores_reference(query, summarise(keys, "mean")), true.mean(-1))
+    both = [scores_reference(query, summarise(keys, name)) for name in ("minmax", "mean")]
+    torch.testing.assert_close(scores_reference(query, summarise(keys, "halfway")), sum(both) / 2)
 
 
 def test_overlap_is_jaccard():
@@ -101,10 +103,10 @@ def test_overlap_is_jaccard():
     [
         SMALL,
         dataclasses.replace(SMALL, summary="mean", by_head=True),
-        dataclasses.replace(SMALL, unit=32, all_rows=True, first=1),
+        dataclasses.replace(SMALL, unit=32, all_rows=True, first=1, summary="minmax"),
         dataclasses.replace(SMALL, by_head=True, all_rows=True, ratio=0.6),
     ],
-    ids=["minmax", "mean-by-head", "unit32-all-rows", "by-head-all-rows"],
+    ids=["halfway", "mean-by-head", "minmax-unit32-all-rows", "by-head-all-rows"],
 )
 def test_kernel_chooses_and_attends_as_defined(dtype, layout, selection):
     case = make_case(3, dtype, layout, block_size=32, head_size=32, group=3, sizes=(6, 1, 9), contexts=(250, 133, 60))
@@ -145,7 +147,7 @@ def test_exact_values_attend_everything():
 def test_some_trees_attend_everything_beside_sparse_ones():
     case = make_case(8, sizes=(5, 3), contexts=(300, 290))
     out, choice, sums = run(case, SMALL, sparse=[1])
-    wanted, chosen = expected(case, SMALL)
+    wanted, _ = expected(case, SMALL)
     full = case.out.clone()
     args = (case.plain_keys, case.plain_values, case.block_table, case.trees)
     tree_attention_reference(case.query, *args, full, case.scale)

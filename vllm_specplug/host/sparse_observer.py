@@ -128,7 +128,7 @@ class AttentionObserver:
         units = tail // unit
         sums = summarise(k[:, :tail].unflatten(1, (units, unit)), pick.summary)
         rows = query[start : start + size]
-        votes = votes_reference(rows[:1], sums, scale, pick.by_head)
+        votes = votes_reference(rows if pick.all_rows else rows[:1], sums, scale, pick.by_head)
         first = -(-pick.first // unit)
         order = _ranked(votes, first)
         q = rows.float().unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3) * scale
@@ -164,6 +164,8 @@ class AttentionObserver:
         chosen = torch.zeros(len(order), units, dtype=torch.bool).scatter_(1, order[:, :count], True)
         self._chosen[index] = chosen
         first = -(-self.selection.first // self.selection.unit)
+        order = _ranked(votes_reference(rows[:1], sums, scale, self.selection.by_head), first)
+        chosen = torch.zeros_like(chosen).scatter_(1, order[:, :count], True)
         for row in range(1, len(rows)):
             other = _ranked(votes_reference(rows[row : row + 1], sums, scale, self.selection.by_head), first)
             theirs = torch.zeros_like(chosen).scatter_(1, other[:, :count], True)
