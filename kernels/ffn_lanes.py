@@ -15,7 +15,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from vllm_specplug.kernels.lanes import (
     F32,
-    I32,
     I64,
     LANES,
     _add,
@@ -28,19 +27,11 @@ from vllm_specplug.kernels.lanes import (
     _splat,
     _width,
     _write,
+    prefetch,
 )
 
 #: Rows of weights that a tile takes at a time.
 CHANNELS = 4
-
-
-def _prefetch(builder: Any, address: Any) -> None:
-    """Ask for the cache line at an address, which may be any: a hint."""
-    byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    # To read; data; into the second nearest cache, which may wait for more lines at once: half the time of the nearest.
-    builder.call(function, [builder.inttoptr(address, byte), I32(0), I32(2), I32(1)])
 
 
 def _row(builder: Any, base: Any, pitch: Any, index: int) -> Any:
@@ -58,7 +49,7 @@ def _dots(rows: int, channels: int) -> Any:
             with cgutils.for_range(builder, vectors) as loop:
                 step = LANES * _width(kind)
                 for c in range(channels):
-                    _prefetch(builder, _add(builder, coming[c], loop.index, step))
+                    prefetch(builder, _add(builder, coming[c], loop.index, step))
                 read = [_read(builder, kind, _add(builder, weights[c], loop.index, step)) for c in range(channels)]
                 for r in range(rows):
                     mine = _read(builder, types.float32, _add(builder, places[r], loop.index, LANES * 4))
@@ -100,7 +91,7 @@ def _adds(rows: int, channels: int) -> Any:
             with cgutils.for_range(builder, vectors) as loop:
                 step = LANES * _width(kind)
                 for c in range(channels):
-                    _prefetch(builder, _add(builder, coming[c], loop.index, step))
+                    prefetch(builder, _add(builder, coming[c], loop.index, step))
                 read = [_read(builder, kind, _add(builder, weights[c], loop.index, step)) for c in range(channels)]
                 for r in range(rows):
                     place = _add(builder, places[r], loop.index, LANES * 4)
