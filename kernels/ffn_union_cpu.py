@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import functools
 import struct
-import zlib
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -26,7 +24,7 @@ from vllm_specplug.kernels import ffn_lanes, lanes
 from vllm_specplug.kernels.ffn_lanes import CHANNELS
 from vllm_specplug.kernels.ffn_union import DTYPES
 from vllm_specplug.kernels.lanes import LANES
-from vllm_specplug.kernels.memory import _stamp, kernel, load, store
+from vllm_specplug.kernels.memory import c_callable, kernel, load, sources_stamp, store
 from vllm_specplug.kernels.tree_attention_cpu import _gomp_parallel
 
 __all__ = ["MOST_ROWS", "PackedFfn", "ffn_union_cpu", "pack_ffn"]
@@ -331,18 +329,10 @@ def _finish(kind, call):  # type: ignore[no-untyped-def]
 def _worker(dtype: torch.dtype) -> int:
     """Address of `_work` for C callers, ``void(*)(int64 call)``."""
     kind = _KINDS[dtype]
-    # Numba's disk cache keeps functions apart by the values of their free variables: a changed module is another one.
-    sources = zlib.crc32(repr(_stamp(__file__)).encode())
+    sources = sources_stamp(__file__)
 
     def worker(call):  # type: ignore[no-untyped-def]
         if sources >= 0:
             _work(kind, call)
 
-    for cache in (True, False):
-        try:
-            compiled = numba.cfunc(numba.void(numba.int64), nopython=True, error_model="numpy", cache=cache)(worker)
-            return int(compiled.address)
-        except RuntimeError:  # no folder can be written
-            if not cache:
-                raise
-    raise AssertionError
+    return c_callable(worker)

@@ -7,12 +7,13 @@ calls with an address from outside validates first.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 Kernel = Callable[..., Any]
@@ -60,6 +61,27 @@ def kernel(function: Kernel) -> Kernel:
         except (RuntimeError, KeyError, TypeError, AttributeError):  # no cache folder; no such option
             continue
     return _compile(function, options)
+
+
+def c_callable(function: Kernel) -> int:
+    """Address, for C callers, of ``function(call)`` as ``void(*)(int64)``; cached on disk if a folder can be written.
+
+    Numba's disk cache keeps such functions apart by the values of their free variables: one of these should be
+    `sources_stamp`, so that a changed module is another function.
+    """
+    for cache in (True, False):
+        try:
+            compiled = cfunc(types.void(types.int64), nopython=True, error_model="numpy", cache=cache)(function)
+            return int(compiled.address)
+        except RuntimeError:  # no folder can be written
+            if not cache:
+                raise
+    raise AssertionError
+
+
+def sources_stamp(module_file: str) -> int:
+    """A number that changes with what kernels compiled from ``module_file`` depend on."""
+    return zlib.crc32(repr(_stamp(module_file)).encode())
 
 
 def _pointer(builder: Any, kind: Any, address: Any, index: Any) -> Any:

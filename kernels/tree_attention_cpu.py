@@ -22,12 +22,10 @@ import ctypes
 import functools
 import math
 import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -94,7 +92,7 @@ from vllm_specplug.kernels.kv_cache_cpu import (
     probe_layout,
 )
 from vllm_specplug.kernels.lanes import LANES
-from vllm_specplug.kernels.memory import _stamp, kernel, load
+from vllm_specplug.kernels.memory import c_callable, kernel, load, sources_stamp
 from vllm_specplug.kernels.tree_attention import DTYPES, TreeBatch, check_trees
 
 __all__ = [
@@ -402,21 +400,13 @@ def _work(kind, call):  # type: ignore[no-untyped-def]
 def _worker(dtype: torch.dtype) -> int:
     """Address of `_work` for C callers, ``void(*)(int64 call)``."""
     kind = _KINDS[dtype]
-    # Numba's disk cache keeps functions apart by the values of their free variables: a changed module is another one.
-    sources = zlib.crc32(repr(_stamp(__file__)).encode())
+    sources = sources_stamp(__file__)
 
     def worker(call):  # type: ignore[no-untyped-def]
         if sources >= 0:
             _work(kind, call)
 
-    for cache in (True, False):
-        try:
-            compiled = numba.cfunc(numba.void(numba.int64), nopython=True, error_model="numpy", cache=cache)(worker)
-            return int(compiled.address)
-        except RuntimeError:  # no folder can be written
-            if not cache:
-                raise
-    raise AssertionError
+    return c_callable(worker)
 
 
 @functools.cache

@@ -4,13 +4,15 @@ under prefix reuse, prompts in chunks, preemption, moved rows of trees and the e
 from __future__ import annotations
 
 import contextlib
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import tree_proposers
-from engines import MODEL, encode, engine, lifecycle_of, metric, runner_of
+from engines import MODEL, encode, engine, lifecycle_of, runner_of
 from prompts import chat_prompts
+from tree_proposers import generate
 from vllm_specplug.kernels.kv_cache_cpu import CacheLayout
 
 pytestmark = pytest.mark.engine
@@ -45,29 +47,10 @@ def speculative():
     return {"method": "custom_class", "model": "vllm_specplug.SparseVerify", "num_speculative_tokens": NODES}
 
 
-def generate(llm, prompts, truths=None, length=LENGTH, concurrency=8, **extra):
-    from vllm import SamplingParams
-
-    params = [
-        SamplingParams(
-            temperature=0.0,
-            max_tokens=length,
-            ignore_eos=True,
-            extra_args={"seed": i, "truth": truths[i] if truths else [], **extra},
-        )
-        for i in range(len(prompts))
-    ]
-    if concurrency > 1:
-        return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)]
-    return [
-        list(llm.generate(a, b, use_tqdm=False)[0].outputs[0].token_ids) for a, b in zip(prompts, params, strict=True)
-    ]
-
-
 @pytest.fixture(scope="module")
 def outputs(long_prompts):
     with engine(MODEL, max_model_len=1536) as llm:
-        return generate(llm, long_prompts)
+        return generate(llm, long_prompts, LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -133,24 +116,33 @@ def test_whole_context_is_the_exact_model(sparse, long_prompts, outputs):
     """Every unit chosen: the sparse path attends all of it, for trees and for chains, together and alone."""
     with settings(sparse, ratio=1.0):
         before = attention_of(sparse).stats()["sparse_attention_steps"]
-        assert generate(sparse, long_prompts, outputs) == outputs
-        assert generate(sparse, long_prompts[:2], outputs, concurrency=1) == outputs[:2]
-        assert generate(sparse, long_prompts[:3]) == outputs[:3]  # nothing right in the trees
+        assert generate(sparse, long_prompts, LENGTH, outputs) == outputs
+        assert generate(sparse, long_prompts[:2], LENGTH, outputs, concurrency=1) == outputs[:2]
+        assert generate(sparse, long_prompts[:3], LENGTH) == outputs[:3]  # nothing right in the trees
         assert attention_of(sparse).stats()["sparse_attention_steps"] > before
     assert_sound(sparse)
 
 
 def test_sums_are_right_under_preemption_chunks_prefix_reuse_and_moves(sparse, long_prompts, outputs):
+    from vllm import SamplingParams
+
     with settings(sparse) as checks:
         trees = runner_of(sparse).drafter.trees.counters
-        moved, preempted = trees.rows_moved, metric(sparse, "vllm:num_preemptions")
-        hits = metric(sparse, "vllm:prefix_cache_hits")
-        found = generate(sparse, long_prompts, outputs)
-        generate(sparse, long_prompts[::-1], outputs[::-1])
-        generate(sparse, long_prompts[1:4], length=230)
+        moved = trees.rows_moved
+        found = generate(sparse, long_prompts, LENGTH, outputs)
+        generate(sparse, long_prompts[::-1], LENGTH, outputs[::-1])
         assert trees.rows_moved > moved
-        assert metric(sparse, "vllm:num_preemptions") > preempted
-        assert metric(sparse, "vllm:prefix_cache_hits") > hits
+    scheduler = scheduler_of(sparse)
+    with (
+        settings(sparse, every=12) as more,
+        mock.patch.object(scheduler, "_preempt_request", wraps=scheduler._preempt_request) as preempt,
+    ):
+        generate(sparse, long_prompts[1:4], 230)
+        checks[0] += more[0]
+        assert preempt.call_count > 0
+        again = SamplingParams(temperature=0.0, max_tokens=20, extra_args={"seed": 1, "truth": []})
+        repeated = [sparse.generate(long_prompts[5], again, use_tqdm=False)[0] for _ in range(2)]
+        assert repeated[1].num_cached_tokens > 0
         assert checks[0] > 100
     stats = attention_of(sparse).stats()
     assert 0.2 < stats["sparse_attention_share"] < 1.0 and stats["sparse_attention_rows"] > 0
@@ -161,8 +153,8 @@ def test_sums_are_right_under_preemption_chunks_prefix_reuse_and_moves(sparse, l
 
 
 def test_requests_that_ended_leave_nothing(sparse, long_prompts):
-    generate(sparse, long_prompts[:2], length=8)
-    generate(sparse, [{"prompt_token_ids": [1, 2, 3]}], length=2)  # vLLM reports ends with the next step
+    generate(sparse, long_prompts[:2], 8)
+    generate(sparse, [{"prompt_token_ids": [1, 2, 3]}], 2)  # vLLM reports ends with the next step
     runner_of(sparse).drafter.sparse.attention.drop(())
     assert attention_of(sparse).stats()["sparse_summary_bytes"] == 0
 

@@ -49,6 +49,7 @@ DRIVER = textwrap.dedent(
 
 RETRIEVAL = ["--spec-model", "vllm_specplug.Retrieval"]
 SELECTED = [*RETRIEVAL, "--spec-tokens", "8"]
+SPARSE = ["--spec-model", "vllm_specplug.SparseVerify", "--spec-tokens", "8"]
 
 
 def options(section):
@@ -69,6 +70,31 @@ CASES = {
         ["--speculative-config", '{"model": "vllm_specplug.retrieval", "num_speculative_tokens": 8}'],
         {},
         ["vllm_specplug.retrieval", "Did you mean 'Retrieval'?"],
+    ),
+    "unit that does not fit the blocks": (
+        [*SPARSE, "--block-size", "128", *options({"sparse_verify": {"unit": 48}})],
+        {},
+        ["specplug.sparse_verify.unit = 48", "multiple of 16 that divides the KV block size, 128"],
+    ),
+    "calibration that is not there": (
+        [*SPARSE, *options({"sparse_verify": {"calibration": "nowhere.json"}})],
+        {},
+        ["specplug.sparse_verify.calibration", "nowhere.json", "specplug sparse calibrate MODEL"],
+    ),
+    "calibration that is none": (
+        [*SPARSE, *options({"sparse_verify": {"calibration": __file__}})],
+        {},
+        ["specplug.sparse_verify.calibration", "expected a file written by"],
+    ),
+    "refresh beside another scheduler": (
+        [*SPARSE, "--scheduler-cls", "other.Scheduler", *options({"sparse_verify": {"refresh": 8}})],
+        {},
+        ["specplug.sparse_verify.refresh", "--scheduler-cls other.Scheduler"],
+    ),
+    "scorer that is none": (
+        [*SPARSE, *options({"sparse_verify": {"scorer": "halfwya"}})],
+        {},
+        ["specplug.sparse_verify.scorer", "Did you mean 'halfway'?"],
     ),
     "no proposer named": (
         ["--spec-model", "vllm_specplug", "--spec-tokens", "8"],

@@ -7,6 +7,7 @@ import pytest
 import tree_proposers
 from engines import MODEL, encode, engine, lifecycle_of, make_tiny_llama, metric, runner_of
 from prompts import chat_prompts
+from tree_proposers import generate
 
 pytestmark = pytest.mark.engine
 
@@ -16,26 +17,6 @@ VOCAB = 3000
 @pytest.fixture(scope="module", autouse=True)
 def _registered():
     tree_proposers.register()
-
-
-def generate(llm, prompts, max_tokens, truths=None, concurrency=8, **extra):
-    """Greedy outputs; the proposer is told ``truths``, and shapes differ from request to request."""
-    from vllm import SamplingParams
-
-    params = [
-        SamplingParams(
-            temperature=0.0,
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            extra_args={"seed": i, "truth": truths[i] if truths else [], **extra},
-        )
-        for i in range(len(prompts))
-    ]
-    if concurrency > 1:
-        return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)]
-    return [
-        list(llm.generate(a, b, use_tqdm=False)[0].outputs[0].token_ids) for a, b in zip(prompts, params, strict=True)
-    ]
 
 
 def trees_of(llm):

@@ -152,3 +152,23 @@ def register() -> None:
 def speculative(nodes: int) -> dict[str, Any]:
     """``speculative_config`` for at most ``nodes`` nodes per request and step."""
     return {"method": "custom_class", "model": "vllm_specplug.Trees", "num_speculative_tokens": nodes}
+
+
+def generate(llm, prompts, max_tokens, truths=None, concurrency=8, **extra):
+    """Greedy outputs; the proposer is told ``truths``, and shapes differ from request to request."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            extra_args={"seed": i, "truth": truths[i] if truths else [], **extra},
+        )
+        for i in range(len(prompts))
+    ]
+    if concurrency > 1:
+        return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)]
+    return [
+        list(llm.generate(a, b, use_tqdm=False)[0].outputs[0].token_ids) for a, b in zip(prompts, params, strict=True)
+    ]

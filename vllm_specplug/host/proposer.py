@@ -104,7 +104,7 @@ class HostProposer:
 
     def _make_sparse(self, vllm_config: Any) -> SparseHost | None:
         """What verifies approximately, if an arm of this server does."""
-        options = next((p.options for p in self.arms.proposers if isinstance(p, SparseVerify)), None)
+        options: Any = next((p.options for p in self.arms.proposers if isinstance(p, SparseVerify)), None)
         if options is None:
             return None
         return SparseHost(vllm_config, options, lambda request: self.arms.of(request) == SparseVerify.name)

@@ -306,7 +306,7 @@ def _measure(layers: list[_Layer], most: int) -> np.ndarray:
                     seconds[way] = min(seconds[way], time.perf_counter() - start)
                 if way == 1:
                     share = result
-        break_even[done + 1 : rows + 1] = crossing(*seconds, share)
+        break_even[done + 1 : rows + 1] = crossing(seconds[0], seconds[1], seconds[2], share)
         done = rows
     return break_even
 

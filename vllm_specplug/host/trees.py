@@ -86,7 +86,7 @@ class TreeHost:
             wanted: any process of this engine drafts.
             sparse: says which requests attend part of their context; None: none ever does.
         """
-        self._sparse = sparse
+        self._sparse: Any = sparse
         self.counters = TreeCounters()
         self.plan: StepPlan | None = None
         self.backend: TreeBackend | None = None
