@@ -217,13 +217,13 @@ def test_arrivals_are_a_poisson_process():
     [
         ("bad=--fake fail", ["ended at its start (exit code 1): ValueError: no such model here", "last lines of"]),
         ("bad=--fake die=5", ["ended while it was measured", "exit code 3", "  RuntimeError: the fake model is tired"]),
-        ("bad=--fake hang=5", ["did not answer a request within 1 s"]),
+        ("bad=--fake hang=5", ["did not answer a request within 3 s"]),
         ("bad=--fake refuse", ["400 Bad Request: this request is not to my taste"]),
         ("bad=http://127.0.0.1:1", ["no server at http://127.0.0.1:1: "]),
     ],
 )
 def test_an_arm_that_fails_says_why_and_the_others_go_on(tmp_path, tag, no_report, capsys, arm, said):
-    arguments = ["--arm=none", f"--arm={arm}", "--arm=c=none", "--concurrency=2", "--repeats=2", "--timeout-s=1"]
+    arguments = ["--arm=none", f"--arm={arm}", "--arm=c=none", "--concurrency=2", "--repeats=2", "--timeout-s=3"]
     assert main.main(command(tmp_path, tag, *arguments)) == 1
     made, cells = results.read(tmp_path / "out")
     assert list(made.failures) == ["bad"]
