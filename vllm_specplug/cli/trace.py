@@ -242,7 +242,9 @@ def _arms(args: argparse.Namespace, trace: Trace) -> list[tuple[str, int]]:
         arms += [(entry.name, k) for k in ([_allowed_limit(int(own))] if colon else limits)]
     if not arms:
         # Alone, what learns from the target's top-k alone says nothing where there is none.
-        names = [n for n in registry.proposers() if trace.topk or n != "TokenRecycling"]
+        # SparseVerify drafts as AdaptiveLength does, and what it would write instead is not in a trace.
+        unknown = {"SparseVerify"} if trace.topk else {"SparseVerify", "TokenRecycling"}
+        names = [n for n in registry.proposers() if n not in unknown]
         arms = [(name, k) for name in names for k in limits]
     return arms
 
