@@ -367,8 +367,8 @@ def test_where_it_cannot_be_measured_a_line_says_so(tmp_path, out, capsys, arms,
 @pytest.mark.parametrize(
     ("request_", "said"),
     [
-        (11, r"sparse: fidelity was not measured: ended \(did not answer: "),
-        # It may answer the request before that no more.
+        # It may answer the request before that no more; of the first, that one was timed.
+        (11, r"sparse: fidelity was not measured: ended \(did not answer: |sparse.* did not answer"),
         (15, "sparse: [45] of 8 requests for fidelity failed, the first: did not answer: "),
     ],
 )
@@ -376,7 +376,7 @@ def test_a_server_that_dies_meanwhile_is_said_and_the_run_is_kept(tmp_path, out,
     # 2 requests to warm up and 8 timed ones come before.
     _, probes, _ = run(tmp_path, out, "--arm=none", f"--arm=sparse=sparse --fake die={request_}", "--keep-servers")
     assert re.search(said, " ".join(capsys.readouterr().out.split()))
-    assert len(probes) in ([0] if request_ == 11 else [8 + 3, 8 + 4])
+    assert len(probes) in ([0, 8] if request_ == 11 else [8 + 3, 8 + 4])
 
 
 def test_a_short_context_leaves_room_for_reading_and_is_noted(tmp_path, out, capsys):
