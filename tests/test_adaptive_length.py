@@ -402,7 +402,7 @@ def test_the_inner_proposer_is_named_by_an_option():
     assert user.build(registry.find("AdaptiveLength")).inner.options.min_prob == 0.2
 
 
-@pytest.mark.parametrize("name", ["Auto", "AdaptiveLength", "Retrievl", "vllm:eagle"])
+@pytest.mark.parametrize("name", ["SparseVerify", "AdaptiveLength", "Retrievl", "vllm:eagle"])
 def test_an_inner_proposer_that_is_not_there_is_refused_by_name(name):
     user = registry.parse_options({"specplug": {"adaptive_length": {"inner": name}}})
     with pytest.raises(OptionError, match=r"specplug\.adaptive_length\.inner = .*expected one of .*Retrieval"):
