@@ -232,8 +232,8 @@ def test_a_request_can_be_exact_beside_sparse_ones(sparse, long_prompts, outputs
 
 
 def test_calibration_of_a_running_engine(sparse, long_prompts):
-    from vllm_specplug.cli.sparse import observe
     from vllm_specplug.host import sparse_calibration
+    from vllm_specplug.host.calibrate import observe
     from vllm_specplug.host.sparse_attention import SparseAttention
 
     drafter = runner_of(sparse).drafter
