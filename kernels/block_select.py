@@ -131,10 +131,10 @@ def choose_reference(votes: torch.Tensor, counts: Int32Array, first: int) -> lis
     return chosen
 
 
-def overlap(a: Int32Array, b: Int32Array) -> float:
-    """Jaccard similarity of two sets of units; 1 if both are empty."""
-    union = len(np.union1d(a, b))
-    return len(np.intersect1d(a, b)) / union if union else 1.0
+def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean over heads of the Jaccard similarity of two choices ``bool[heads, units]``; 1 where both are empty."""
+    both, either = (a & b).sum(1), (a | b).sum(1)
+    return float(torch.where(either > 0, both / either.clamp(min=1), 1.0).mean())
 
 
 def allocate(fractions: Float32Array, errors: Float32Array, mean: float) -> Float32Array:

@@ -156,7 +156,7 @@ class UnitSummaries:
                 self.selection.summary == "halfway",
                 self._scratch,
             )
-        entry.units = max(entry.units, wanted)
+        entry.units = wanted
         entry.blocks = blocks[:used].copy()
         return entry
 

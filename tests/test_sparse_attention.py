@@ -92,8 +92,10 @@ def test_minmax_bounds_every_key_and_mean_is_the_mean_score():
 
 
 def test_overlap_is_jaccard():
-    assert overlap(np.array([1, 2, 3]), np.array([2, 3, 4])) == 0.5
-    assert overlap(np.array([], np.int32), np.array([], np.int32)) == 1.0
+    a, b = (torch.tensor([[i in units for i in range(5)]]) for units in ((1, 2, 3), (2, 3, 4)))
+    assert overlap(a, b) == 0.5
+    assert overlap(a & False, b & False) == 1.0
+    assert overlap(torch.cat([a, a]), torch.cat([a, b])) == 0.75
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

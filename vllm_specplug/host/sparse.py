@@ -68,8 +68,7 @@ class SparseHost:
         """The KV cache was made. ``reason``: why attention cannot be sparse with it; empty if it can."""
         if self.attention is None:
             return
-        if reason or not self.attention.groups:
-            why = reason or "no layer attends its whole context"
+        if why := reason or self.attention.reason:
             logger.warning("vllm-specplug: attention is exact: %s.", why)
 
     def begin(self, runner: Any, num_scheduled: Int32Array, metadata: Any) -> None:

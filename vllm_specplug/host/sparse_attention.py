@@ -26,7 +26,6 @@ logger = logging.getLogger("vllm.specplug")
 
 BoolArray = np.ndarray
 
-
 # Contexts whose lengths differ by less share the heads' budgets.
 _BUCKET = 1024
 
@@ -82,6 +81,7 @@ class SparseAttention:
     """Sparse attention of one engine.
 
     Attributes:
+        reason: why every layer attends everything; empty if some do not.
         ids: request ids by row of the runner's batch, of the present step.
         fractions: ``float32[F]`` shares of a context that calibration tried.
     """
@@ -97,6 +97,7 @@ class SparseAttention:
             calibration: the part ``attention`` of a calibration (see :mod:`.sparse_calibration`); None: there is none.
             applies: whether a request, by its id, may be verified approximately.
         """
+        self.reason = "the KV cache is not made yet"
         self.options = options
         self.selection: Selection = options.selection()
         self.ids: Sequence[str] = ()
@@ -110,6 +111,7 @@ class SparseAttention:
     def begin_attach(self) -> None:
         """The KV cache was made, or made again."""
         self.groups = []
+        self.reason = "no layer attends its whole context"
 
     def add_group(self, impls: Mapping[str, Any], caches: Caches) -> GroupSparse | None:
         """Take part in the layers of a group.
@@ -119,17 +121,19 @@ class SparseAttention:
             caches: of the same layers.
 
         Returns:
-            None if they have a sliding window.
-
-        Raises:
-            ValueError: the units do not fit the cache's blocks, or the calibration is of another model.
+            None if they attend everything: they have a sliding window, or units or calibration do not fit (`reason`).
         """
         if any(impl.sliding_window >= 0 for impl in impls.values()):
             return None
-        sums = UnitSummaries(caches, self.selection)
         names, kv_heads = list(impls), int(caches.layers[0, 6])
         even = np.full((len(names), kv_heads), 0.0 if self.options.scorer == "streaming" else 1.0, np.float32)
-        group = GroupSparse(self, sums, self._errors(names, kv_heads), even)
+        try:
+            sums = UnitSummaries(caches, self.selection)
+            group = GroupSparse(self, sums, self._errors(names, kv_heads), even)
+        except ValueError as error:
+            self.reason = str(error)
+            return None
+        self.reason = ""
         anchors = self._anchors(names)
         for index, (name, impl) in enumerate(impls.items()):
             impl.layer = (index, index == 0 or name in anchors)
@@ -153,7 +157,18 @@ class SparseAttention:
         return set(found["anchors"])
 
     def rows(self, batch: Any, num_scheduled: Int32Array, sizes: Int32Array) -> BoolArray | None:
-        """See :class:`vllm_specplug.host.trees.SparseRows`."""
+        """Which requests of a step attend part of their context.
+
+        Args:
+            batch: of vLLM's runner.
+            num_scheduled, sizes: ``int32[B]`` rows of each request in the step, and those that verify, its last token
+                included.
+
+        Returns:
+            ``bool[B]``, by row of the batch; None if none does.
+        """
+        if not self.groups:
+            return None
         n = len(sizes)
         computed = batch.num_computed_tokens_cpu[:n]
         # In a step that computes accepted tokens again there are more rows than that.

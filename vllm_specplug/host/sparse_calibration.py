@@ -37,7 +37,7 @@ def save(path: Path, found: dict[str, Any]) -> None:
 
 
 def load(path: str | None, model: str) -> dict[str, Any] | None:
-    """The calibration at ``path``, or the one kept for ``model``; None: there is none.
+    """The calibration at ``path``, or the one kept for ``model``; None: there is none, or one of another format.
 
     Raises:
         options.OptionError: ``path`` names no file, or it holds no calibration.
@@ -53,6 +53,8 @@ def load(path: str | None, model: str) -> dict[str, Any] | None:
         known = isinstance(found, dict) and found.get("format") == FORMAT
     except (OSError, ValueError):
         known = False
+    if not known and path is None:
+        return None  # the next calibration replaces it
     if not known:
         raise options.OptionError(
             f"{where}expected a file written by `specplug sparse calibrate` of this version; make it anew."

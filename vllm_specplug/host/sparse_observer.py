@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from vllm_specplug.host.cpu_attention import TreeAttentionImpl
-from vllm_specplug.kernels.block_select import Selection, summarise, votes_reference
+from vllm_specplug.kernels.block_select import Selection, overlap, summarise, votes_reference
 from vllm_specplug.kernels.tree_attention_cpu import PreparedStep
 
 #: Shares of a context that are tried.
@@ -169,14 +169,14 @@ class AttentionObserver:
         for row in range(1, len(rows)):
             other = _ranked(votes_reference(rows[row : row + 1], sums, scale, self.selection.by_head), first)
             theirs = torch.zeros_like(chosen).scatter_(1, other[:, :count], True)
-            self._rows.setdefault(row, []).append(_jaccard(chosen, theirs))
+            self._rows.setdefault(row, []).append(overlap(chosen, theirs))
 
     def _compare(self) -> None:
         """The step's last layer is done."""
         count = len(self._names)
         for a in range(count):
             for b in range(a, count):
-                self._alike[a, b] += _jaccard(self._chosen[a], self._chosen[b])
+                self._alike[a, b] += overlap(self._chosen[a], self._chosen[b])
         self.steps += 1
         self.wanted = False
 
@@ -213,12 +213,6 @@ def _ranked(votes: torch.Tensor, first: int) -> torch.Tensor:
     votes = votes.clone()
     votes[:, :first] = torch.inf
     return votes.argsort(dim=1, descending=True, stable=True)
-
-
-def _jaccard(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Mean over heads of the similarity of two choices ``bool[heads, units]``."""
-    both, either = (a & b).sum(1), (a | b).sum(1)
-    return float((both / either.clamp(min=1)).mean())
 
 
 def _projected(change: torch.Tensor, projection: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:

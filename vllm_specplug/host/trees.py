@@ -17,6 +17,7 @@ import torch
 
 from vllm_specplug.host import compat, tree_plan
 from vllm_specplug.host.forests import KeptTree
+from vllm_specplug.host.sparse_attention import SparseAttention
 from vllm_specplug.host.tree_plan import StepPlan
 from vllm_specplug.proposers.base import Int32Array
 
@@ -40,14 +41,6 @@ class TreeBackend(Protocol):
 
     def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Move K/V of rows ``sources`` (``int64[m]``) to the cache slots of rows ``targets``, one after another."""
-
-
-class SparseRows(Protocol):
-    """Who says which requests of a step attend part of their context."""
-
-    def rows(self, batch: Any, num_scheduled: Int32Array, sizes: Int32Array) -> np.ndarray | None:
-        """``bool[B]``, by row of the runner's batch; None if none does. ``num_scheduled`` and ``sizes`` (``int32[B]``):
-        rows of each request in the step, and those that verify, its last token included."""
 
 
 def rows_of(metadata: Any, requests: int) -> Int32Array:
@@ -79,14 +72,14 @@ class TreeHost:
         plan: of the step, from before its forward pass until the next step; None in a step without trees.
     """
 
-    def __init__(self, vllm_config: Any, drafts: bool, wanted: bool, sparse: SparseRows | None = None) -> None:
+    def __init__(self, vllm_config: Any, drafts: bool, wanted: bool, sparse: SparseAttention | None = None) -> None:
         """
         Args:
             drafts: this process drafts; under tensor parallelism one process does, for all.
             wanted: any process of this engine drafts.
-            sparse: says which requests attend part of their context; None: none ever does.
+            sparse: which requests attend part of their context, and which part; None: none ever does.
         """
-        self._sparse: Any = sparse
+        self._sparse = sparse
         self.counters = TreeCounters()
         self.plan: StepPlan | None = None
         self.backend: TreeBackend | None = None
