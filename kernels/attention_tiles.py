@@ -85,6 +85,16 @@ def weigh(scores, row_bytes, padded, queries, maxima, totals, sums, width, vecto
 
 
 @kernel
+def _neighbours(units, at, left, per_block):  # type: ignore[no-untyped-def]
+    """How many of ``left`` units, listed from place ``at`` on, lie side by side in one block: they are one product."""
+    first = load(units, at)
+    run = 1
+    while run < left and (first + run) % per_block and load(units, at + run) == first + run:
+        run += 1
+    return run
+
+
+@kernel
 def attend_chosen(  # type: ignore[no-untyped-def]
     kind, call, chosen, table, keys_at, values_at,
     packed, sums, scores, row_bytes, maxima, totals, gathered, queries,
@@ -114,10 +124,7 @@ def attend_chosen(  # type: ignore[no-untyped-def]
         i = 0
         while i < taken:
             first = load(chosen, 1 + at + i)
-            run = 1
-            # Neighbours in one block are one product.
-            while i + run < taken and (first + run) % per_block and load(chosen, 1 + at + i + run) == first + run:
-                run += 1
+            run = _neighbours(chosen, 1 + at + i, taken - i, per_block)
             block = load(table, first // per_block)
             from_keys = keys_at + block * key_block
             pitch = block_size * element
@@ -144,9 +151,7 @@ def attend_chosen(  # type: ignore[no-untyped-def]
         i = 0
         while i < taken:
             first = load(chosen, 1 + at + i)
-            run = 1
-            while i + run < taken and (first + run) % per_block and load(chosen, 1 + at + i + run) == first + run:
-                run += 1
+            run = _neighbours(chosen, 1 + at + i, taken - i, per_block)
             from_values = values_at + load(table, first // per_block) * value_block
             offset = first % per_block * unit * head_size
             if values_in_place == 0:
