@@ -1,11 +1,12 @@
-"""Parts of attention on the CPU that its kernels share: a product of packed rows, and a panel's scores made weights."""
+"""Parts of attention on the CPU that its kernels share: a call's words, scores made weights, chosen units attended."""
 
 from __future__ import annotations
 
 import numpy as np
 from vllm_specplug.kernels import lanes
-from vllm_specplug.kernels.lanes import LANES, WIDE
+from vllm_specplug.kernels.lanes import LANES
 from vllm_specplug.kernels.memory import kernel, load
+from vllm_specplug.kernels.products import multiply
 
 # Keys whose scores are held at a time, rounded down to whole blocks (at least one). 128 was slower, 512 no faster.
 PANEL_KEYS = 256
@@ -23,58 +24,23 @@ WORDS = 48
 
 
 @kernel
-def multiply(kind, a, lda, b, ldb, element, c, ldc, rows, vectors, depth, keep):  # type: ignore[no-untyped-def]
-    """C (+)= A B, see `lanes.tile_6_wide`; B is read once per six rows while it is in the nearest cache."""
-    v = 0
-    while v < vectors:
-        wide = WIDE if vectors - v >= WIDE else 2 if vectors - v >= 2 else 1
-        columns = b + v * LANES * element
-        r = 0
-        while r < rows:
-            left = rows - r
-            taken = 6 if left >= 6 else 3 if left >= 3 else 1
-            x = a + r * lda
-            y = c + r * ldc + v * LANES * 4
-            if wide == WIDE:
-                if taken == 6:
-                    lanes.tile_6_wide(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-                elif taken == 3:
-                    lanes.tile_3_wide(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-                else:
-                    lanes.tile_1_wide(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-            elif wide == 2:
-                if taken == 6:
-                    lanes.tile_6_2(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-                elif taken == 3:
-                    lanes.tile_3_2(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-                else:
-                    lanes.tile_1_2(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-            else:
-                if taken == 6:
-                    lanes.tile_6_1(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-                elif taken == 3:
-                    lanes.tile_3_1(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-                else:
-                    lanes.tile_1_1(kind, x, lda, columns, ldb, y, ldc, depth, keep)
-            r += taken
-        v += wide
+def weigh(  # type: ignore[no-untyped-def]
+    kind, scale, scores, row_bytes, padded, queries, maxima, totals, sums, width, vectors, fresh
+):  # fmt: skip
+    """Make the ``padded`` vectors of scores, times ``scale``, of each query weights under a running maximum.
 
-
-@kernel
-def weigh(scores, row_bytes, padded, queries, maxima, totals, sums, width, vectors, fresh):  # type: ignore[no-untyped-def]
-    """Make the ``padded`` vectors of scores of each query weights under a running maximum.
-
-    ``scores``, ``maxima``, ``totals`` and ``sums`` are addresses of float32, with ``row_bytes`` and ``width`` from one
-    query to the next; sums of ``vectors`` vectors are scaled to the new maximum, unless ``fresh``: they hold nothing.
+    They are what products with ``kind`` take, see `lanes.row_weights`. ``scores``, ``maxima``, ``totals`` and ``sums``
+    are addresses of float32, with ``row_bytes`` and ``width`` from one query to the next; sums of ``vectors`` vectors
+    are scaled to the new maximum, unless ``fresh``: they hold nothing.
     """
     floats = np.float32(0)
     for q in range(queries):
         line = scores + q * row_bytes
         before = lanes.load_number(maxima, q)
-        largest = max(before, lanes.row_largest(floats, line, padded))
+        largest = max(before, lanes.row_largest(floats, line, padded) * scale)
         # A row that has seen nothing yet: any finite shift makes all weights 0.
         shift = largest if largest > np.float32(-np.inf) else np.float32(0)
-        added = lanes.row_exp2(line, padded, shift)
+        added = lanes.row_weights(kind, line, padded, scale, shift)
         if not fresh:
             fade = lanes.exp2(before - shift)
             added += lanes.load_number(totals, q) * fade
@@ -112,6 +78,8 @@ def attend_chosen(  # type: ignore[no-untyped-def]
     key_block = lanes.load_wide(call, KEY_BLOCK)
     value_block = lanes.load_wide(call, VALUE_BLOCK)
     unit = lanes.load_wide(call, UNIT)
+    scale = abs(lanes.load_number(call, 2 * SCALE))
+    factor = lanes.factor_width(kind)
     vectors = head_size // LANES
     width = head_size * 4
     per_block = block_size // unit
@@ -143,11 +111,14 @@ def attend_chosen(  # type: ignore[no-untyped-def]
                 there = values_at + block * value_block + first % per_block * unit * head_size * element
                 lanes.rows_fetch(there, 0, 1, run * unit * head_size * element)
             multiply(
-                kind, packed, width, from_keys + first % per_block * unit * element, pitch, element,
+                kind, packed, head_size * factor, from_keys + first % per_block * unit * element, pitch, element,
                 scores + i * unit * 4, row_bytes, queries, run * unit // LANES, head_size, 0,
             )  # fmt: skip
             i += run
-        weigh(scores, row_bytes, taken * unit // LANES, queries, maxima, totals, sums, width, vectors, fresh)
+        weigh(
+            kind, scale, scores, row_bytes, taken * unit // LANES, queries,
+            maxima, totals, sums, width, vectors, fresh,
+        )  # fmt: skip
         i = 0
         while i < taken:
             first = load(chosen, 1 + at + i)
@@ -162,7 +133,7 @@ def attend_chosen(  # type: ignore[no-untyped-def]
             else:
                 from_values += offset * element
             multiply(
-                kind, scores + i * unit * 4, row_bytes, from_values, head_size * element, element,
+                kind, scores + i * unit * factor, row_bytes, from_values, head_size * element, element,
                 sums, width, queries, vectors, run * unit, 0 if fresh else 1,
             )  # fmt: skip
             fresh = False

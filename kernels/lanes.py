@@ -1,11 +1,12 @@
-"""Vector building blocks for compiled kernels: rows of floats, a register tile of a matrix product, exponentials.
+"""Vector building blocks for compiled kernels: rows of floats and exponentials; `products` has matrix products.
 
 Numba has no vector values and its automatic vectoriser is not dependable for register tiles, so these intrinsics emit
 LLVM vectors of `LANES` floats themselves. All arithmetic is float32. Memory is named by byte addresses (int64) without
 bounds checks; ``vectors`` counts groups of `LANES` elements.
 
 ``kind`` arguments only matter by their type, which names the element type in memory: ``np.float32`` float32,
-``np.int16`` bfloat16, ``np.uint16`` float16. Pass `KINDS`' values.
+``np.int16`` bfloat16, ``np.uint16`` float16. Pass `KINDS`' values. ``np.int8`` is bfloat16 too, but products take their
+other factor in bfloat16 as well and multiply pairs of elements (AVX512_BF16), see `products.KINDS`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ def _lanes() -> int:
 
 #: Floats per vector on this machine; always divides 16.
 LANES = _lanes()
-#: Vectors of a register tile's row: with 6 rows these fill, but do not exceed, the registers.
-WIDE = 4 if LANES == 16 else 2
+
 
 #: Bytes of a cache line.
 LINE = 64
@@ -48,7 +48,12 @@ def _width(kind: types.Type) -> int:
 
 
 def _memory(kind: types.Type) -> ir.Type:
-    return {types.float32: F32, types.int16: I16, types.uint16: ir.HalfType()}[kind]
+    return {types.float32: F32, types.int16: I16, types.int8: I16, types.uint16: ir.HalfType()}[kind]
+
+
+def _factor(kind: types.Type) -> types.Type:
+    """Kind of the other factor of a product with elements of ``kind``."""
+    return types.int8 if kind == types.int8 else types.float32
 
 
 def _constant(number: float) -> ir.Constant:
@@ -71,7 +76,7 @@ def _load(builder: Builder, address: Value, element: ir.Type, lanes: int, align:
 def _floats(builder: Builder, kind: types.Type, vector: Value, lanes: int) -> Value:
     """Elements of ``kind`` as float32."""
     target = ir.VectorType(F32, lanes)
-    if kind == types.int16:
+    if kind in (types.int16, types.int8):
         wide = builder.zext(vector, ir.VectorType(I32, lanes))
         return builder.bitcast(builder.shl(wide, ir.Constant(wide.type, [16] * lanes)), target)
     return vector if kind == types.float32 else builder.fpext(vector, target)
@@ -82,9 +87,17 @@ def _read(builder: Builder, kind: types.Type, address: Value) -> Value:
     return _floats(builder, kind, _load(builder, address, _memory(kind), LANES, _width(kind)), LANES)
 
 
+def _bf16(builder: Builder, name: str, result: ir.Type, *args: Value) -> Value:
+    """An operation of AVX512_BF16; LLVM takes bfloat16 as words of 16 bits, or pairs as words of 32, from old times."""
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx512bf16.{name}.512"), args)
+
+
 def _write(builder: Builder, kind: types.Type, vector: Value, address: Value) -> None:
     """Round `LANES` float32 to ``kind`` (to nearest, ties to even) and store them."""
-    if kind == types.int16:
+    if kind == types.int8:
+        vector = _bf16(builder, "cvtneps2bf16", ir.VectorType(I16, LANES), vector)
+    elif kind == types.int16:
         bits = builder.bitcast(vector, ir.VectorType(I32, LANES))
         odd = builder.and_(builder.lshr(bits, _words(16)), _words(1))
         rounded = builder.lshr(builder.add(builder.add(bits, odd), _words(0x7FFF)), _words(16))
@@ -144,44 +157,6 @@ def _add(builder: Builder, address: Value, index: Value, step: int) -> Value:
     return builder.add(address, builder.mul(index, ir.Constant(I64, step)))
 
 
-def _tile(rows: int, vectors: int) -> Any:
-    @intrinsic
-    def tile(typingctx, kind, a, lda, b, ldb, c, ldc, depth, keep):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            _, a, lda, b, ldb, c, ldc, depth, keep = args
-            step = LANES * _width(kind)
-            keep = builder.icmp_signed("!=", keep, ir.Constant(I64, 0))
-            places, sums = {}, {}
-            for r in range(rows):
-                for v in range(vectors):
-                    place = builder.add(builder.add(c, builder.mul(ldc, ir.Constant(I64, r))), I64(v * LANES * 4))
-                    before = _load(builder, place, F32, LANES, 4)
-                    places[r, v] = place
-                    sums[r, v] = cgutils.alloca_once_value(builder, builder.select(keep, before, _constant(0.0)))
-            starts = [builder.add(a, builder.mul(lda, ir.Constant(I64, r))) for r in range(rows)]
-            with cgutils.for_range(builder, depth) as loop:
-                here = builder.add(b, builder.mul(loop.index, ldb))
-                columns = [_read(builder, kind, builder.add(here, I64(v * step))) for v in range(vectors)]
-                for r in range(rows):
-                    factor = _splat(builder, builder.load(_at(builder, _add(builder, starts[r], loop.index, 4), F32)))
-                    for v in range(vectors):
-                        builder.store(_fma(builder, factor, columns[v], builder.load(sums[r, v])), sums[r, v])
-            for key, place in places.items():
-                _write(builder, types.float32, builder.load(sums[key]), place)
-            return context.get_dummy_value()
-
-        return types.void(kind, *[types.int64] * 8), codegen
-
-    return tile
-
-
-#: ``tile_R_V(kind, a, lda, b, ldb, c, ldc, depth, keep)``: C += A B for R rows of float32 A and C and V vectors of
-#: columns of B (``kind``), or C = A B where ``keep`` is 0. ``ld*`` are bytes from one row to the next.
-tile_6_wide, tile_3_wide, tile_1_wide = _tile(6, WIDE), _tile(3, WIDE), _tile(1, WIDE)
-tile_6_2, tile_3_2, tile_1_2 = _tile(6, 2), _tile(3, 2), _tile(1, 2)
-tile_6_1, tile_3_1, tile_1_1 = _tile(6, 1), _tile(3, 1), _tile(1, 1)
-
-
 def _fold(start: float, combine: Callable[[Builder, Value, Value], Value]) -> Any:
     @intrinsic
     def fold(typingctx, kind, row, vectors):  # type: ignore[no-untyped-def]
@@ -237,20 +212,56 @@ def row_signs(typingctx, source, positive, negative, vectors):  # type: ignore[n
 
 
 @intrinsic
-def row_exp2(typingctx, row, vectors, shift):  # type: ignore[no-untyped-def]
-    """Replace each x of a float32 row by 2^(x - shift), ``shift`` being no less than any x; their sum."""
+def row_weights(typingctx, kind, row, vectors, scale, shift):  # type: ignore[no-untyped-def]
+    """Replace each x of a float32 row by 2^(scale x - shift), ``shift`` being no less than any scale x; their sum.
+
+    They are written, from the row's beginning, as what products with ``kind`` take; so rounded, they are summed.
+    """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, row, vectors, scale, shift = args
+        target = _factor(signature.args[0])
         total = cgutils.alloca_once_value(builder, _constant(0.0))
-        shift = _splat(builder, args[2])
-        with cgutils.for_range(builder, args[1]) as loop:
-            place = _add(builder, args[0], loop.index, LANES * 4)
-            power = _exp2(builder, builder.fsub(_read(builder, types.float32, place), shift))
-            _write(builder, types.float32, power, place)
+        scale, shift = _splat(builder, scale), _splat(builder, shift)
+        with cgutils.for_range(builder, vectors) as loop:
+            x = _read(builder, types.float32, _add(builder, row, loop.index, LANES * 4))
+            power = _exp2(builder, _fma(builder, x, scale, builder.fneg(shift)))
+            place = _add(builder, row, loop.index, LANES * _width(target))
+            _write(builder, target, power, place)
+            if target != types.float32:
+                power = _read(builder, target, place)
             builder.store(builder.fadd(builder.load(total), power), total)
         return _reduce(builder, builder.load(total), builder.fadd)
 
-    return types.float32(types.int64, types.int64, types.float32), codegen
+    return types.float32(kind, types.int64, types.int64, types.float32, types.float32), codegen
+
+
+@intrinsic
+def factor_width(typingctx, kind):  # type: ignore[no-untyped-def]
+    """Bytes of an element of the rows that are multiplied with elements of ``kind``."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return I64(_width(_factor(signature.args[0])))
+
+    return types.int64(kind), codegen
+
+
+@intrinsic
+def row_factors(typingctx, kind, source, target, vectors, times):  # type: ignore[no-untyped-def]
+    """``target[i] = times * source[i]``, from elements of ``kind`` to what products with ``kind`` take."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, source, target, vectors, times = args
+        times = _splat(builder, times)
+        read = signature.args[0]
+        write = _factor(read)
+        with cgutils.for_range(builder, vectors) as loop:
+            values = _read(builder, read, _add(builder, source, loop.index, LANES * _width(read)))
+            place = _add(builder, target, loop.index, LANES * _width(write))
+            _write(builder, write, builder.fmul(values, times), place)
+        return context.get_dummy_value()
+
+    return types.void(kind, types.int64, types.int64, types.int64, types.float32), codegen
 
 
 @intrinsic

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm_specplug.kernels.lanes import KINDS, LANES, exp2, load_number, row_copy, row_exp2, row_largest
+from vllm_specplug.kernels.lanes import KINDS, LANES, exp2, load_number, row_copy, row_largest, row_weights
 from vllm_specplug.kernels.memory import kernel
 
 # Elements whose maximum is compared with the worst of the best before any of them is.
@@ -67,7 +67,7 @@ def _rows(
                     worst = logprobs[row, k - 1]
             start = end
         best = logprobs[row, 0]
-        total = np.float64(row_exp2(scratch, whole // LANES, best))
+        total = np.float64(row_weights(np.float32(0), scratch, whole // LANES, np.float32(1), best))
         for at in range(size - whole):
             total += exp2(tail[row, at] - best)
         shift = np.log(total)

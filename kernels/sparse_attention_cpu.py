@@ -36,12 +36,12 @@ from vllm_specplug.kernels.attention_tiles import (
     TAILS,
     TREES,
     UNIT,
-    multiply,
 )
 from vllm_specplug.kernels.block_select import Selection, summarise
 from vllm_specplug.kernels.kv_cache_cpu import Caches, Int32Array
 from vllm_specplug.kernels.lanes import LANES
 from vllm_specplug.kernels.memory import kernel, load
+from vllm_specplug.kernels.products import multiply
 from vllm_specplug.kernels.tree_attention_cpu import _KINDS, PreparedStep
 
 Float32Array = npt.NDArray[np.float32]
@@ -408,7 +408,7 @@ def _choose(  # type: ignore[no-untyped-def]
                 for u in range(size, columns * LANES):
                     lanes.store_number(line, u, np.float32(-np.inf))
                 largest = lanes.row_largest(floats, line, columns)
-                total = lanes.row_exp2(line, columns, largest)
+                total = lanes.row_weights(floats, line, columns, np.float32(1), largest)
                 lanes.row_add(line, into, columns, share / total)
         for head in range(kv_heads):
             value = votes + (head * row_bytes if by_head else 0)

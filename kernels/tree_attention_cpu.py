@@ -8,12 +8,13 @@ checks nothing, and after sampling ``move_rows(caches, sources, targets)`` once 
 calls share their working memory. Where torch has several threads, a call uses the same ones, through their OpenMP
 library.
 
-How it works. Per tree and KV head, the rows' query heads are packed as float32, scaled, and multiplied with the keys of
-a panel of blocks; the panel's scores become weights with a running maximum; the weights are multiplied with the values.
-Both products are the same register tile (see `lanes`), which converts the cache's elements on the fly. Only the rows'
-own slots need a mask, for all rows see the whole context (but for a sliding window). A cache that keeps keys
-transposed, ``[head_size, block_size]``, and values by rows is read in place; any other arrangement is first gathered
-into such an order through the offsets that the probe found.
+How it works. Per tree and KV head, the rows' query heads are packed and multiplied with the keys of a panel of blocks;
+the panel's scores become weights with a running maximum; the weights are multiplied with the values. Both products are
+the same register tile (see `products`), which converts the cache's elements on the fly, or multiplies bfloat16 as it is
+where the processor can: then the weights too are rounded to it, as in most attention kernels of GPUs. Sums are float32.
+Only the rows' own slots need a mask, for all rows see the whole context (but for a sliding window). A cache that keeps
+keys transposed, ``[head_size, block_size]``, and values by rows is read in place; any other arrangement is first
+gathered into such an order through the offsets that the probe found.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm_specplug.kernels import lanes
+from vllm_specplug.kernels import lanes, products
 from vllm_specplug.kernels.attention_tiles import (
     BLOCK_SIZE,
     CHOSEN,
@@ -79,7 +80,6 @@ from vllm_specplug.kernels.attention_tiles import (
     WINDOW,
     WORDS,
     attend_chosen,
-    multiply,
     weigh,
 )
 from vllm_specplug.kernels.kv_cache_cpu import (
@@ -93,6 +93,7 @@ from vllm_specplug.kernels.kv_cache_cpu import (
 )
 from vllm_specplug.kernels.lanes import LANES
 from vllm_specplug.kernels.memory import c_callable, kernel, load, sources_stamp
+from vllm_specplug.kernels.products import multiply
 from vllm_specplug.kernels.tree_attention import DTYPES, TreeBatch, check_trees
 
 __all__ = [
@@ -231,7 +232,7 @@ def tree_attention_cpu(
         _work(_KINDS[layout.dtype], step.address)
 
 
-_KINDS = {dtype: lanes.KINDS[str(dtype).removeprefix("torch.")] for dtype in DTYPES}
+_KINDS = {dtype: products.KINDS[str(dtype).removeprefix("torch.")] for dtype in DTYPES}
 
 
 @kernel
@@ -266,6 +267,9 @@ def _mask(call, scores, row_bytes, panel, columns, context, base, first, rows, g
 def _attend(kind, call, scratch, tree, base, head, first, rows):  # type: ignore[no-untyped-def]
     """Rows ``first`` to ``first + rows`` of a tree, whose rows begin at ``base`` of all trees', for one KV head."""
     scale = lanes.load_number(call, 2 * SCALE)
+    # Scores are scaled when they become weights, where only a positive scale keeps the largest the largest.
+    sign = np.float32(1) if scale >= 0 else np.float32(-1)
+    scale = abs(scale)
     floats = np.float32(0)
     head_size = lanes.load_wide(call, HEAD_SIZE)
     block_size = lanes.load_wide(call, BLOCK_SIZE)
@@ -288,6 +292,7 @@ def _attend(kind, call, scratch, tree, base, head, first, rows):  # type: ignore
     panel_blocks = max(1, PANEL_KEYS // block_size)
 
     width = head_size * 4
+    factor = lanes.factor_width(kind)
     packed = scratch
     sums = packed + queries * width
     scores = sums + queries * width
@@ -302,7 +307,7 @@ def _attend(kind, call, scratch, tree, base, head, first, rows):  # type: ignore
     for r in range(rows):
         for g in range(group):
             source = from_query + (first + r) * query_row + (head * group + g) * query_head
-            lanes.row_copy(kind, source, floats, packed + (r * group + g) * width, vectors, scale)
+            lanes.row_factors(kind, source, packed + (r * group + g) * head_size * factor, vectors, sign)
     for q in range(queries):
         lanes.store_number(maxima, q, np.float32(-np.inf))
         lanes.store_number(totals, q, np.float32(0))
@@ -337,18 +342,18 @@ def _attend(kind, call, scratch, tree, base, head, first, rows):  # type: ignore
                 lanes.row_gather(kind, from_keys, key_table, gathered, every, lanes.load_wide(call, KEY_RUN))
                 from_keys = gathered
             multiply(
-                kind, packed, width, from_keys, pitch, element,
+                kind, packed, head_size * factor, from_keys, pitch, element,
                 target, row_bytes, queries, groups, head_size, 0,
             )  # fmt: skip
         padded = (columns + LANES - 1) // LANES
         if panel + padded * LANES > context or window >= 0:
             _mask(call, scores, row_bytes, panel, padded * LANES, context, base, first, rows, group, window)
-        weigh(scores, row_bytes, padded, queries, maxima, totals, sums, width, vectors, fresh)
+        weigh(kind, scale, scores, row_bytes, padded, queries, maxima, totals, sums, width, vectors, fresh)
         for i in range(count):
             # Not one key more: what lies in slots never written may be NaN.
             keys = min(block_size, total - panel - i * block_size)
             from_values = values_at + load(table, block + i) * value_block
-            weights = scores + i * block_size * 4
+            weights = scores + i * block_size * factor
             keep = 0 if fresh else 1
             if values_in_place == 0:
                 value_table = lanes.load_wide(call, VALUE_TABLE)

@@ -15,6 +15,7 @@ from vllm_specplug.kernels import tree_attention_cpu as tree_attention_cpu_modul
 from vllm_specplug.kernels.memory import kernel
 from vllm_specplug.kernels.tree_attention import DTYPES, TreeBatch, build_trees, tree_attention_reference
 from vllm_specplug.kernels.tree_attention_cpu import (
+    _KINDS,
     CacheLayout,
     prepare_step,
     probe_layout,
@@ -268,9 +269,16 @@ def test_two_threads(two_threads, dtype, layout):
     assert two_threads == [2] * 5
 
 
+@pytest.mark.parametrize("layout", ["vec", "pairs"])
+def test_bfloat16_without_products_of_pairs(monkeypatch, layout):
+    """What processors without AVX512_BF16 run."""
+    monkeypatch.setitem(_KINDS, torch.bfloat16, lanes.KINDS["bfloat16"])
+    assert_same(make_case(5, torch.bfloat16, layout, sizes=(7, 1), contexts=(33, 600)))
+
+
 @kernel
 def _exp2(row, vectors):
-    return lanes.row_exp2(row, vectors, np.float32(0))
+    return lanes.row_weights(np.float32(0), row, vectors, np.float32(1), np.float32(0))
 
 
 def test_exp2_is_accurate():
