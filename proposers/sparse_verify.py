@@ -27,9 +27,9 @@ class SparseVerifyOptions(BudgetOptions):
         "what drafts: a registered proposer, or vLLM's own: vllm:ngram, vllm:suffix",
     )
     attention: bool = option(True, "attend only part of long contexts when verifying; false: exact")
-    dense_below: int = option(768, "contexts of up to so many tokens are attended whole", low=0)
+    dense_below: int = option(1024, "contexts of up to so many tokens are attended whole", low=0)
     ratio: float = option(
-        0.17, "share of what lies beyond that which is attended, on average; 1: exact", low=0.0, high=1.0
+        0.2, "share of what lies beyond that which is attended, on average; 1: exact", low=0.0, high=1.0
     )
     unit: int = option(32, "tokens that are attended or left out together; must divide the KV block size", low=16)
     scorer: str = option(
