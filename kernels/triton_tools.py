@@ -1,0 +1,64 @@
+"""What the Triton kernels share: checks of their arguments, and the work that a roofline is computed from.
+
+Triton kernels are in ``<stem>_triton.py``, beside the definition in ``<stem>.py`` that they are tested against. Only
+these modules import Triton. Without a GPU they run in Triton's interpreter if ``TRITON_INTERPRET=1`` is set before Triton
+is first imported; its ``tl.dot`` is wrong in bfloat16 (Triton 3.9).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+#: Whether kernels run in Triton's interpreter, on tensors of the CPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Work(NamedTuple):
+    """What a launch must do at least.
+
+    Attributes:
+        bytes: read and written once, from and to the device's memory.
+        operations: multiplications and additions, of the kind that the kernel's products use.
+    """
+
+    bytes: int
+    operations: int
+
+    def seconds(self, bytes_per_s: float, operations_per_s: float) -> float:
+        """Least time by a machine's memory bandwidth and arithmetic (the roofline)."""
+        return max(self.bytes / bytes_per_s, self.operations / operations_per_s)
+
+
+def check(
+    name: str,
+    tensor: torch.Tensor,
+    dtypes: torch.dtype | tuple[torch.dtype, ...],
+    shape: tuple[int | None, ...],
+    device: torch.device | None = None,
+    contiguous: bool = True,
+) -> None:
+    """Raise ``ValueError`` unless a tensor is what a launcher needs.
+
+    Args:
+        name: what the message calls it.
+        dtypes: allowed ones.
+        shape: lengths of its dimensions; None: any.
+        device: where it must be.
+        contiguous: all of it; else only the last dimension.
+    """
+    allowed = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    if tensor.dtype not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(str, allowed))}, got {tensor.dtype}")
+    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+    fits = tensor.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, tensor.shape, strict=True))
+    if not fits:
+        raise ValueError(f"{name} must be {wanted}, got {list(tensor.shape)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for {list(tensor.shape)}")
+    if not contiguous and tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name}'s last dimension must be contiguous, got strides {tensor.stride()}")
