@@ -1,7 +1,7 @@
 """What the Triton kernels share: checks of their arguments, and the work that a roofline is computed from.
 
 Triton kernels are in ``<stem>_triton.py``, beside the definition in ``<stem>.py`` that they are tested against. Only
-these modules import Triton. Without a GPU they run in Triton's interpreter if ``TRITON_INTERPRET=1`` is set before Triton
+these modules import Triton. Without a GPU they run in its interpreter if ``TRITON_INTERPRET=1`` is set before Triton
 is first imported; its ``tl.dot`` is wrong in bfloat16 (Triton 3.9).
 """
 
