@@ -58,7 +58,7 @@ def start(args: argparse.Namespace) -> Any:
             "model": "vllm_specplug.SparseVerify",
             "num_speculative_tokens": max(args.drafts),
         },
-        additional_config={"specplug": {"sparse_verify": options}},
+        additional_config={"specplug": {"attention": "vllm", "sparse_verify": options}},
     )
 
 

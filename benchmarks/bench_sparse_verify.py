@@ -55,7 +55,7 @@ class Bench:
                 "model": "vllm_specplug.SparseVerify",
                 "num_speculative_tokens": args.drafts,
             },
-            additional_config={"specplug": {"sparse_verify": {"ratio": 0.999, **first}}},
+            additional_config={"specplug": {"attention": "vllm", "sparse_verify": {"ratio": 0.999, **first}}},
         )
         self.runner = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         self.drafter = self.runner.drafter

@@ -9,6 +9,8 @@ from engines import MODEL, encode, engine, lifecycle_of, make_tiny_llama, metric
 from prompts import chat_prompts
 from tree_proposers import generate
 
+from vllm_specplug.host import chain_attention
+
 pytestmark = pytest.mark.engine
 
 VOCAB = 3000
@@ -167,6 +169,20 @@ def test_tight_engine(tiny, short, plain):
         counters = trees_of(llm).counters
         assert 0 < counters.tree_nodes_verified < lifecycle_of(llm).counters.drafted_in_trees  # some were cut
         assert counters.rows_moved > 100
+
+
+def test_long_contexts_through_the_own_kernel(tiny, short, plain, monkeypatch):
+    """Chains, trees, rows without drafts and chunks of prompts side by side, some short, some long."""
+    monkeypatch.setattr(chain_attention, "LONG", 125)
+    own = {"additional_config": {"specplug": {"attention": "own"}}, "max_num_batched_tokens": 64}
+    with engine(tiny, tree_proposers.speculative(6), **SETTINGS, **own) as llm:
+        counters = trees_of(llm).counters
+        assert generate(llm, short, 160, plain) == plain
+        taken = counters.long_contexts_attended
+        assert taken > counters.trees_verified
+        assert generate(llm, short, 160) == plain  # nothing right is drafted
+        assert counters.long_contexts_attended > taken
+        assert_sound(llm)
 
 
 def test_end_of_the_context(tiny, short, plain):

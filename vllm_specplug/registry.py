@@ -67,6 +67,12 @@ class GeneralOptions:
         None, "keep what is learned, earlier outputs included, in this file, and go on from it after a restart"
     )
     save_every_s: float = options.option(300.0, "seconds between saves of the state file; 0: only at the end", low=0.0)
+    attention: str = options.option(
+        "auto",
+        "whose kernel attends long contexts on CPUs: this plugin's where it was faster when the server started (auto) "
+        "or always (own), or vLLM's, but for trees (vllm)",
+        choices=("auto", "own", "vllm"),
+    )
 
 
 @dataclass(frozen=True, slots=True)

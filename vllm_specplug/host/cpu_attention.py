@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from vllm_specplug.host import tree_plan
+from vllm_specplug.host import chain_attention, tree_plan
 from vllm_specplug.host.sparse_attention import GroupSparse, SparseAttention
 from vllm_specplug.host.tree_plan import StepPlan
 from vllm_specplug.kernels import tree_attention_cpu as kernels
@@ -71,19 +71,7 @@ class TreeMetadataBuilder(cpu_attn.CPUAttentionMetadataBuilder):
         self.slot_mapping = common.slot_mapping
         choice = None if self.sparse is None else self.sparse.prepare(plan, step, common.block_table_tensor)
         if plan.only_trees:
-            return TreeMetadata(
-                num_actual_tokens=common.num_actual_tokens,
-                max_query_len=common.max_query_len,
-                query_start_loc=common.query_start_loc,
-                max_seq_len=common.max_seq_len,
-                seq_lens=common.seq_lens,
-                block_table=common.block_table_tensor,
-                slot_mapping=common.slot_mapping,
-                scheduler_metadata=None,
-                step=step,
-                only_trees=True,
-                choice=choice,
-            )
+            return _only_trees(common, step, choice)
         # vLLM's kernel has to run over the trees' rows too, since a step's rows cannot be left out: it is told that
         # those requests hold nothing but these rows. What it writes there is overwritten.
         common = copy.copy(common)
@@ -91,6 +79,22 @@ class TreeMetadataBuilder(cpu_attn.CPUAttentionMetadataBuilder):
         common.seq_lens[plan.trees.requests.long()] = plan.trees.sizes
         stock = super().build(common_prefix_len, common, fast_build)
         return TreeMetadata(**vars(stock), step=step, choice=choice)
+
+
+def _only_trees(common: Any, step: kernels.PreparedStep, choice: Choice | None) -> TreeMetadata:
+    return TreeMetadata(
+        num_actual_tokens=common.num_actual_tokens,
+        max_query_len=common.max_query_len,
+        query_start_loc=common.query_start_loc,
+        max_seq_len=common.max_seq_len,
+        seq_lens=common.seq_lens,
+        block_table=common.block_table_tensor,
+        slot_mapping=common.slot_mapping,
+        scheduler_metadata=None,
+        step=step,
+        only_trees=True,
+        choice=choice,
+    )
 
 
 class TreeAttentionImpl(cpu_attn.CPUAttentionBackendImpl):
@@ -182,18 +186,22 @@ def uninstall() -> None:
 class CpuTrees:
     """Draft trees on the CPU platform: see :class:`vllm_specplug.host.trees.TreeBackend`."""
 
-    def __init__(self, sparse: SparseAttention | None = None) -> None:
+    def __init__(self, sparse: SparseAttention | None = None, attention: str = "auto") -> None:
         """
         Args:
             sparse: chooses what trees attend of their contexts; None: they attend everything.
+            attention: the option of this name, see :class:`vllm_specplug.registry.GeneralOptions`.
         """
         self.holder = PlanHolder()
+        self.long_from: int | None = None
         self._sparse = sparse
+        self._attention = attention
         self._groups: list[tuple[TreeMetadataBuilder, Any]] = []
+        self._first_layers: list[Any] = []
 
     def attach(self, runner: Any) -> str:
         """Prepare for the runner's KV cache, which has just been made."""
-        self._groups = []
+        self._groups, self._first_layers, self.long_from = [], [], None
         if self._sparse is not None:
             self._sparse.begin_attach()
         layers = runner.compilation_config.static_forward_context
@@ -226,14 +234,21 @@ class CpuTrees:
             impls = {layer.layer_name: layer.impl for layer in layers}
             builder.sparse = self._sparse.add_group(impls, caches)
         self._groups.append((builder, caches))
+        self._first_layers.append(layers[0])
         return ""
 
     def warm_up(self) -> None:
-        """Compile before the first request."""
+        """Compile before the first request, and find out whose attention of long contexts is faster."""
         for builder, mover in self._groups:
             _warm_up_kernel(builder)
             nothing = np.zeros(0, np.int64)
             kernels.move_rows(mover, nothing, nothing)
+        groups = zip(self._groups, self._first_layers, strict=True)
+        own = self._attention == "own" or (
+            self._attention == "auto" and all(_is_faster(builder, layer) for (builder, _), layer in groups)
+        )
+        if own:
+            self.long_from = chain_attention.LONG
 
     def begin(self, runner: Any, plan: StepPlan) -> None:
         """Make the coming forward pass one of trees."""
@@ -262,6 +277,26 @@ def _warm_up_kernel(builder: TreeMetadataBuilder) -> None:
     trees = build_trees(one - 1, one * 3, one, one - 1, np.array([-1, 0, 0], np.int32))
     for window in (-1, 2):
         kernels.tree_attention_cpu(query, *_split(cache), table, trees, torch.empty_like(query), 1.0, window, layout)
+
+
+def _is_faster(builder: TreeMetadataBuilder, layer: Any) -> bool:
+    """Whether this plugin attends a long context in less time than vLLM in a layer, whose KV cache is still empty."""
+    cache, impl, layout = layer.kv_cache, layer.impl, builder.layout
+
+    def run(forward: Callable[..., Any], rows: int, metadata: Any) -> Callable[[], Any]:
+        query = torch.zeros(rows, builder.num_heads, layout.head_size, dtype=layout.dtype)
+        out = torch.empty_like(query)
+        return lambda: forward(layer, query, None, None, cache, metadata, out)
+
+    def own(rows: int, common: Any, trees: Any) -> Callable[[], Any]:
+        step = kernels.prepare_step(trees, common.block_table_tensor, layout)
+        return run(impl.forward, rows, _only_trees(common, step, None))
+
+    def host(rows: int, common: Any, trees: Any) -> Callable[[], Any]:
+        return run(impl.forward, rows, cpu_attn.CPUAttentionMetadataBuilder.build(builder, 0, common))
+
+    blocks, longest = cache.shape[0], builder.vllm_config.model_config.max_model_len
+    return chain_attention.long_contexts(blocks, layout.block_size, own, host, longest)
 
 
 def _writer(isa: str) -> Callable[..., None]:

@@ -20,7 +20,7 @@ from vllm_specplug.proposers.base import Int32Array
 
 @dataclass(slots=True)
 class StepPlan:
-    """The trees of one step, and the chains that attend part of their context.
+    """The trees of one step, and the chains that this plugin attends.
 
     Attributes:
         trees: for the attention kernels.
@@ -147,8 +147,8 @@ def row_parents_of(
 
 
 @kernel
-def _find(row_parents, sizes, ends, computed, sparse, starts, tree_sizes, contexts, requests, parents):  # type: ignore[no-untyped-def]
-    """Fill the last five arrays with the requests whose rows branch, or that are ``sparse``; ``(trees, rows of trees,
+def _find(row_parents, sizes, ends, computed, wanted, starts, tree_sizes, contexts, requests, parents):  # type: ignore[no-untyped-def]
+    """Fill the last five arrays with the requests whose rows branch, or that are ``wanted``; ``(trees, rows of trees,
     how many branch)``."""
     count, rows, base, branching = 0, 0, 0, 0
     for i in range(len(sizes)):
@@ -159,7 +159,7 @@ def _find(row_parents, sizes, ends, computed, sparse, starts, tree_sizes, contex
                 branches = True
                 break
         branching += branches
-        if branches or (len(sparse) > 0 and sparse[i]):
+        if branches or (len(wanted) > 0 and wanted[i]):
             starts[count] = ends[i] - size
             tree_sizes[count] = size
             contexts[count] = computed[i]
@@ -187,6 +187,7 @@ def make_plan(
     ends: Int32Array,
     computed: Int32Array,
     sparse: npt.NDArray[np.bool_] | None = None,
+    own: npt.NDArray[np.bool_] | None = None,
 ) -> StepPlan | None:
     """The step's plan.
 
@@ -196,15 +197,18 @@ def make_plan(
         ends: ``int32[B]`` row after the last of each request; the verified rows are its last ones.
         computed: ``int32[B]`` tokens of each request in the cache.
         sparse: ``bool[B]`` requests whose rows attend part of their context, chains or not.
+        own: ``bool[B]`` further requests that are this plugin's to attend, chains or not.
 
     Returns:
-        None if nothing branches and nothing is sparse.
+        None if nothing branches, is sparse or is this plugin's.
     """
     n, total = len(sizes), len(row_parents)
     heads = np.empty((4, n), np.int32)
     parents = np.empty(total, np.int32)
     starts, tree_sizes, contexts, requests = heads
-    wanted = _NO_ROWS if sparse is None else sparse
+    wanted = next((mask for mask in (sparse, own) if mask is not None), _NO_ROWS)
+    if sparse is not None and own is not None:
+        wanted = sparse | own
     count, rows, branching = _find(
         row_parents, sizes, ends, computed, wanted, starts, tree_sizes, contexts, requests, parents
     )

@@ -25,7 +25,14 @@ logger = logging.getLogger("vllm.specplug")
 
 
 class TreeBackend(Protocol):
-    """What a platform implements to verify trees. Rows are those of the step, all requests one after another."""
+    """What a platform implements to verify trees. Rows are those of the step, all requests one after another.
+
+    Attributes:
+        long_from: tokens in the cache from which on it attends a request's rows faster than vLLM, trees or not; None:
+            it never does, or was told not to.
+    """
+
+    long_from: int | None
 
     def attach(self, runner: Any) -> str:
         """Prepare for the runner's KV cache; why trees cannot be verified with it, or the empty string."""
@@ -62,6 +69,7 @@ class TreeCounters:
     tree_nodes_verified: int = 0
     tree_nodes_accepted: int = 0
     rows_moved: int = 0
+    long_contexts_attended: int = 0
 
 
 class TreeHost:
@@ -72,14 +80,23 @@ class TreeHost:
         plan: of the step, from before its forward pass until the next step; None in a step without trees.
     """
 
-    def __init__(self, vllm_config: Any, drafts: bool, wanted: bool, sparse: SparseAttention | None = None) -> None:
+    def __init__(
+        self,
+        vllm_config: Any,
+        drafts: bool,
+        wanted: bool,
+        sparse: SparseAttention | None = None,
+        attention: str = "auto",
+    ) -> None:
         """
         Args:
             drafts: this process drafts; under tensor parallelism one process does, for all.
             wanted: any process of this engine drafts.
             sparse: which requests attend part of their context, and which part; None: none ever does.
+            attention: the option of this name, see :class:`vllm_specplug.registry.GeneralOptions`.
         """
         self._sparse = sparse
+        self._attention = attention
         self.counters = TreeCounters()
         self.plan: StepPlan | None = None
         self.backend: TreeBackend | None = None
@@ -107,7 +124,7 @@ class TreeHost:
         from vllm_specplug.host import cpu_attention
 
         cpu_attention.install()
-        self.backend = cpu_attention.CpuTrees(self._sparse)
+        self.backend = cpu_attention.CpuTrees(self._sparse, self._attention)
         self.reason = "the model is being loaded"
 
     def on_model_loaded(self) -> None:
@@ -129,6 +146,11 @@ class TreeHost:
             self.backend.warm_up()
         if self._drafts:
             logger.info("vllm-specplug: drafts %s.", f"are chains: {self.reason}" if self.reason else "may be trees")
+            if self.available and self.backend is not None and self.backend.long_from is not None:
+                logger.info(
+                    "vllm-specplug: this plugin's kernel attends contexts of %d tokens and more: it is faster here.",
+                    self.backend.long_from,
+                )
 
     def begin(
         self, runner: Any, scheduler_output: Any, num_scheduled: Int32Array, metadata: Any, kept: Mapping[str, KeptTree]
@@ -142,11 +164,12 @@ class TreeHost:
         self.backend.end()
         batch = runner.input_batch
         drafts = metadata is not None and (bool(kept) or self._parallel is not None)
-        if not drafts and self._sparse is None:
+        if not drafts and self._sparse is None and self.backend.long_from is None:
             return
         sizes = rows_of(metadata, batch.num_reqs)
         sparse = None if self._sparse is None else self._sparse.rows(batch, num_scheduled, sizes)
-        if not drafts and sparse is None:
+        own = self._long(batch, num_scheduled, sizes)
+        if not drafts and sparse is None and own is None:
             return
         parents = None
         if drafts and kept:
@@ -155,20 +178,33 @@ class TreeHost:
         # One draft token cannot branch. All ranks see the same sizes, so all of them skip or none.
         if drafts and self._parallel is not None and sizes.max() > 2:
             parents = self._parallel.share(parents, int(sizes.sum()))
-        if parents is None and sparse is None:
+        if parents is None and sparse is None and own is None:
             return
         if parents is None:
             parents = tree_plan.chain_parents(sizes)
         n = len(sizes)
         ends = runner.query_start_loc.np[1 : n + 1]
         computed = batch.num_computed_tokens_cpu[:n]
-        self.plan = tree_plan.make_plan(parents, sizes, ends, computed, sparse)
+        self.plan = tree_plan.make_plan(parents, sizes, ends, computed, sparse, own)
         if self.plan is not None:
             self.backend.begin(runner, self.plan)
         if self.plan is not None and self.plan.branching:
             self.counters.tree_steps += 1
             self.counters.trees_verified += len(self.plan.trees.starts)
             self.counters.tree_nodes_verified += len(self.plan.trees.depths) - len(self.plan.trees.starts)
+
+    def _long(self, batch: Any, num_scheduled: Int32Array, sizes: Int32Array) -> np.ndarray | None:
+        """``bool[B]``: requests whose rows, verified or the next one, see a long context; None: there are none."""
+        assert self.backend is not None
+        if self.backend.long_from is None:
+            return None
+        n = len(sizes)
+        own: np.ndarray = batch.num_computed_tokens_cpu[:n] >= self.backend.long_from
+        # A chunk of a prompt has more rows; that is vLLM's.
+        own = own & (num_scheduled[:n] == sizes)
+        found = int(own.sum())
+        self.counters.long_contexts_attended += found
+        return own if found else None
 
     def end(self) -> None:
         """The forward pass is over, and nothing of it was verified."""
