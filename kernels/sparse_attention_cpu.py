@@ -167,16 +167,21 @@ class UnitSummaries:
             AssertionError: one is not what its keys say.
         """
         layout, unit = self._caches.layout, self.selection.unit
+        offsets = torch.from_numpy(layout.keys.astype(np.int64))
         for request, entry in self._entries.items():
-            for layer, (keys, _) in enumerate(self._caches.pairs):
-                for at in range(entry.units):
-                    block = keys[int(entry.blocks[at * unit // layout.block_size])]
-                    first = at * unit % layout.block_size
-                    offsets = torch.from_numpy(layout.keys[first : first + unit].astype(np.int64))
-                    found = summarise(block.reshape(len(block), -1)[:, offsets], self.selection.summary)
-                    kept = torch.from_numpy(entry.values[layer, :, :, :, at])
-                    if not torch.allclose(found, kept, atol=1e-5, rtol=1e-5):
-                        raise AssertionError(f"request {request}, layer {layer}, unit {at}: its summary is wrong")
+            slots = entry.units * unit
+            blocks = torch.from_numpy(entry.blocks[: -(-slots // layout.block_size)].astype(np.int64))
+            for layer, (cache, _) in enumerate(self._caches.pairs):
+                if not entry.units:
+                    continue
+                keys = cache[blocks].reshape(len(blocks), cache.shape[1], -1)[:, :, offsets]
+                units = keys.transpose(0, 1).flatten(1, 2)[:, :slots].unflatten(1, (entry.units, unit))
+                found = summarise(units, self.selection.summary)
+                kept = torch.from_numpy(entry.values[layer, :, :, :, : entry.units]).permute(0, 3, 1, 2)
+                wrong = ~torch.isclose(found, kept, atol=1e-5, rtol=1e-5).all(-1).all(-1).all(0)
+                if wrong.any():
+                    at = int(wrong.int().argmax())
+                    raise AssertionError(f"request {request}, layer {layer}, unit {at}: its summary is wrong")
 
 
 @kernel
