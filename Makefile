@@ -20,10 +20,10 @@ BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 QUIET = 2> >(grep -v '^WARNING: Location .* is ignored' >&2)
 
-.PHONY: help demo ab test test-all bench check format venv model clean distclean
+.PHONY: help demo ab test test-all bench bench-kernels check format venv model clean distclean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: model  ## no speculation, vLLM's ngram and Auto on a small model: one table, and demo.json
 	$(BIN)/specplug demo --model $(MODEL) --json demo.json $(ARGS)
@@ -41,14 +41,24 @@ test-all: model  ## the tests and the slow tests, with the newest and the oldest
 	$(MAKE) test VLLM=$(OLDEST) ARGS="-m 'slow or not slow' $(ARGS)"
 
 bench: model  ## every benchmark that needs no trace or prompts; adds rows to benchmarks/results/
-	@for file in $$(grep -L required=True benchmarks/bench_*.py); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+	@for file in $$(grep -L -e required=True -e 'needs a CUDA GPU' benchmarks/bench_*.py); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
 
-check: $(VENV)/.installed  ## lint, format and types
+# On a GPU machine nothing may be installable: PyTorch, Triton, numba and pytest of PYTHON are used as they are.
+bench-kernels:  ## on a GPU: tests of the Triton kernels, then their times; needs no vLLM (PYTHON=python3)
+	$(MAKE) --no-print-directory build/types
+	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: bench-kernels needs a CUDA GPU, and PyTorch finds none; nothing was measured.")'
+	PYTHONPATH=build/types $(PYTHON) -m pytest -q tests/test_*_triton.py
+	PYTHONPATH=build/types $(PYTHON) benchmarks/bench_kernels.py $(ARGS)
+
+# The folders proposers/ and kernels/ are subpackages by setup.py's map; this is the tree as it installs.
+.PHONY: build/types
+build/types:
+	@rm -rf $@ && mkdir -p $@/vllm_specplug
+	@ln -s $(CURDIR)/vllm_specplug/* $(CURDIR)/proposers $(CURDIR)/kernels $@/vllm_specplug/
+
+check: $(VENV)/.installed build/types  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@# The folders proposers/ and kernels/ are subpackages by setup.py's map; mypy is shown the tree as it installs.
-	@rm -rf build/types && mkdir -p build/types/vllm_specplug
-	@ln -s $(CURDIR)/vllm_specplug/* $(CURDIR)/proposers $(CURDIR)/kernels build/types/vllm_specplug/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 
 format: $(VENV)/.installed  ## rewrite the sources as `make check` wants them

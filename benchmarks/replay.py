@@ -47,10 +47,13 @@ def git_sha() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a tidy CSV; a row of the same benchmark, provider, task, metric and config replaces the older one."""
+def write_rows(path: Path, rows: list[dict[str, Any]], machine: str | None = None) -> None:
+    """Add rows to a tidy CSV; a row of the same benchmark, provider, task, metric and config replaces the older one.
+
+    ``machine``: what was measured; None: this processor.
+    """
     shared = {
-        "machine": environment.cpu_model(),
+        "machine": machine or environment.cpu_model(),
         "versions": json.dumps({k: v for k, v in environment.versions().items() if v}),
         "git_sha": git_sha(),
         "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -68,7 +68,8 @@ def test_other_platforms_and_lacking_symbols(monkeypatch):
 
     monkeypatch.setattr(compat, "missing_for_trees", lambda: ["vllm.gone"])
     assert "vllm.gone" in trees.TreeHost(config(), drafts=True, wanted=True).reason
-    monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: False, device_name="a GPU"))
+    no = lambda: False  # noqa: E731
+    monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=no, is_cuda=no, device_name="a GPU"))
     assert "a GPU" in trees.TreeHost(config(), drafts=True, wanted=True).reason
 
 

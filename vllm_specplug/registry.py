@@ -73,6 +73,9 @@ class GeneralOptions:
         "or always (own), or vLLM's, but for trees (vllm)",
         choices=("auto", "own", "vllm"),
     )
+    gpu_trees: bool = options.option(
+        False, "draft trees on CUDA too, with attention by this plugin; not yet run on a GPU by its authors"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,9 +148,8 @@ def _trees(host: dict[str, Any]) -> Feature:
     if missing:
         return Feature("draft trees", False, "this vLLM lacks " + ", ".join(missing))
     if device != "cpu":
-        return Feature(
-            "draft trees", False, f"on CPUs only in this version, and vLLM runs on {device or 'nothing'} here"
-        )
+        found = f"chains on {device or 'nothing'}; trees on a CUDA GPU by choice (gpu_trees), but none has run them yet"
+        return Feature("draft trees", False, found)
     return Feature(
         "draft trees", True, "for models with ordinary attention; else drafts are chains, and the log says why"
     )

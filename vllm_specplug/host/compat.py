@@ -163,6 +163,60 @@ SYMBOLS = (
     ),
 )
 
+#: For draft trees on GPUs; looked up where they are asked for.
+GPU_SYMBOLS = tuple(
+    Symbol(module, name, needs, "draft trees on GPUs", required=False)
+    for module, name, needs in (
+        (_RUNNER, "GPUModelRunner._attn_group_iterator", ()),
+        ("vllm.v1.attention.backends.registry", "register_backend", ("backend", "class_path")),
+        ("vllm.v1.attention.backends.registry", "AttentionBackendEnum.TRITON_ATTN.clear_override", ()),
+        ("vllm.v1.attention.backends.registry", "AttentionBackendEnum.FLASH_ATTN.clear_override", ()),
+        ("vllm.v1.attention.selector", "_cached_get_attn_backend.cache_clear", ()),
+        ("vllm.v1.attention.backend", "AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE", ()),
+        (
+            "vllm.v1.attention.backend",
+            "CommonAttentionMetadata",
+            ("query_start_loc", "query_start_loc_cpu", "seq_lens", "num_actual_tokens", "block_table_tensor"),
+        ),
+        *(
+            (module, prefix + name, needs)
+            for module, prefix in (
+                ("vllm.v1.attention.backends.triton_attn", "TritonAttention"),
+                ("vllm.v1.attention.backends.flash_attn", "FlashAttention"),
+            )
+            for name, needs in (
+                ("Backend.get_impl_cls", ()),
+                ("Backend.get_builder_cls", ()),
+                ("MetadataBuilder.build", ("common_prefix_len", "common_attn_metadata", "fast_build")),
+                ("MetadataBuilder.get_cudagraph_support", ("vllm_config", "kv_cache_spec")),
+                ("Impl.forward", ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")),
+            )
+        ),
+    )
+)
+
+_V2 = "vllm.v1.worker.gpu"
+#: For drafting on the device in Model Runner V2; looked up where it is asked for.
+DEVICE_SYMBOLS = tuple(
+    Symbol(module, name, needs, "drafting on the device", required=False)
+    for module, name, needs in (
+        ("vllm.v1.worker.gpu_worker", "Worker.init_device", ()),
+        ("vllm.config", "VllmConfig.use_v2_model_runner", ()),
+        (f"{_V2}.model_runner", "init_speculator", ("vllm_config", "device", "req_states")),
+        (
+            f"{_V2}.spec_decode.speculator",
+            "BaseSpeculator.propose",
+            ("input_batch", "last_sampled", "num_sampled", "dummy_run", "num_speculative_tokens"),
+        ),
+        (f"{_V2}.spec_decode.speculator", "BaseSpeculator.capture", ()),
+        (f"{_V2}.spec_decode.speculator", "BaseSpeculator.init_cudagraph_manager", ("cudagraph_mode",)),
+        (f"{_V2}.spec_decode.rejection_sampler", "RejectionSampler.__call__", ("logits", "input_batch")),
+        (f"{_V2}.sample.sampler", "Sampler.__call__", ("logits", "input_batch")),
+        (f"{_V2}.input_batch", "InputBatch", ("num_reqs", "idx_mapping", "input_ids", "logits_indices")),
+        (f"{_V2}.states", "RequestState", ()),
+    )
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Probe:
@@ -207,6 +261,16 @@ def missing_for_trees() -> list[str]:
     """What the installed vLLM lacks for draft trees; without it drafts are chains."""
     probes = (probe_symbol(symbol) for symbol in SYMBOLS if not symbol.required)
     return [p.name for p in probes if not p.found]
+
+
+def missing_for_gpu_trees() -> list[str]:
+    """The same for draft trees on GPUs."""
+    return [p.name for p in map(probe_symbol, GPU_SYMBOLS) if not p.found]
+
+
+def missing_for_device_drafts() -> list[str]:
+    """The same for drafting on the device."""
+    return [p.name for p in map(probe_symbol, DEVICE_SYMBOLS) if not p.found]
 
 
 def vllm_version() -> str | None:

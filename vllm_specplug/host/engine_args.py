@@ -25,6 +25,9 @@ MAX_DRAFT_TOKENS = 128
 
 #: Named, not imported: it is needed in the engine's process only.
 SPARSE_SCHEDULER = "vllm_specplug.host.sparse_scheduler.RefreshingScheduler"
+DEVICE_WORKER = "vllm_specplug.host.gpu_worker.DeviceDraftWorker"
+#: Proposers that draft on the device, in vLLM's Model Runner V2; see :mod:`vllm_specplug.host.gpu_speculator`.
+DEVICE_PROPOSERS = ("Auto", "Retrieval", "TokenRecycling")
 
 _warned: set[str] = set()
 
@@ -95,6 +98,8 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         sampling_params.install_front()
         numba_guard.protect()  # check() may have imported numba, and so may an earlier engine of this process
         config = original(self, *args, **kwargs)
+        if self.worker_cls == DEVICE_WORKER and not config.use_v2_model_runner:
+            raise options.OptionError(f"{_DEVICE} needs vLLM's Model Runner V2, which this server does not use.")
         if arms:
             sampling_params.allow_arms(config.speculative_config, arms)
         return config
@@ -145,6 +150,9 @@ def check(engine_args: Any) -> list[str]:
         )
     user = registry.parse_options(additional)
     user.check(entry)
+    if config.get("method") not in (None, "custom_class"):
+        _prepare_device(str(config["method"]), user, entry, engine_args)
+        return []
     if user.ab.split and str(engine_args.distributed_executor_backend) == "external_launcher":
         raise options.OptionError(
             f"{options.ROOT}.ab.split is not allowed with --distributed-executor-backend external_launcher: every rank "
@@ -158,6 +166,39 @@ def check(engine_args: Any) -> list[str]:
     if warning:
         _warn_once(warning)
     return list(user.arm_names(entry))
+
+
+_DEVICE = "speculative_config.method = 'ngram_gpu' (drafting on the device)"
+
+
+def _prepare_device(method: str, user: registry.PluginOptions, entry: registry.Entry, engine_args: Any) -> None:
+    """Check a proposer that is to draft on the device, and ask vLLM for the worker that has it."""
+    if method != "ngram_gpu":
+        raise options.OptionError(
+            f"speculative_config.method = {method!r} is not allowed with {registry.PACKAGE}.{entry.name}: expected "
+            "custom_class, or ngram_gpu to draft on the device."
+        )
+    if entry.name not in DEVICE_PROPOSERS:
+        raise options.OptionError(f"{_DEVICE} is not there for {entry.name}: expected one of {list(DEVICE_PROPOSERS)}.")
+    for name, there in (
+        ("ab.arms", bool(user.ab.arms)),
+        ("ab.split", bool(user.ab.split)),
+        ("state_file", user.general.state_file is not None),
+        ("trace.dir", user.trace.dir is not None),
+        ("enabled = false", not user.general.enabled),
+    ):
+        if there:
+            raise options.OptionError(f"{options.ROOT}.{name} is not available with {_DEVICE}.")
+    missing = compat.missing_for_device_drafts()
+    if missing:
+        raise options.OptionError(f"{_DEVICE} is not available: this vLLM lacks {', '.join(missing)}.")
+    if engine_args.worker_cls not in ("auto", DEVICE_WORKER):
+        raise options.OptionError(f"{_DEVICE} is not allowed with --worker-cls {engine_args.worker_cls}.")
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        raise options.OptionError(f"{_DEVICE} needs a CUDA GPU, this is {current_platform.device_name or 'a CPU'}.")
+    engine_args.worker_cls = DEVICE_WORKER
 
 
 def _prepare_sparse(user: registry.PluginOptions, entry: registry.Entry, engine_args: Any) -> None:

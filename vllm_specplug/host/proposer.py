@@ -78,7 +78,10 @@ class HostProposer:
         self.sparse = self._make_sparse(vllm_config) if user.general.enabled else None
         # Before the model's layers are made, which is when they choose their attention.
         attention = None if self.sparse is None else self.sparse.attention
-        self.trees = TreeHost(vllm_config, self._drafts, user.general.enabled, attention, user.general.attention)
+        general = user.general
+        self.trees = TreeHost(
+            vllm_config, self._drafts, general.enabled, attention, general.attention, general.gpu_trees
+        )
         self._recording = self._make_recording(vllm_config, user)
         self._read_topk = LogitsTopK(max(self.arms.topk, self._recording.topk if self._recording else 0))
         self._topk: tuple[np.ndarray, np.ndarray] | None = None

@@ -87,16 +87,19 @@ class TreeHost:
         wanted: bool,
         sparse: SparseAttention | None = None,
         attention: str = "auto",
+        gpu_trees: bool = False,
     ) -> None:
         """
         Args:
             drafts: this process drafts; under tensor parallelism one process does, for all.
             wanted: any process of this engine drafts.
             sparse: which requests attend part of their context, and which part; None: none ever does.
-            attention: the option of this name, see :class:`vllm_specplug.registry.GeneralOptions`.
+            attention, gpu_trees: the options of these names, see :class:`vllm_specplug.registry.GeneralOptions`.
         """
         self._sparse = sparse
         self._attention = attention
+        self._gpu_trees = gpu_trees
+        self._module: Any = None
         self.counters = TreeCounters()
         self.plan: StepPlan | None = None
         self.backend: TreeBackend | None = None
@@ -104,35 +107,44 @@ class TreeHost:
         self._parallel = _Ranks() if wanted and _shares_drafts(vllm_config.parallel_config) else None
         self.reason = _config_reason(vllm_config) if wanted else "drafting is switched off"
         if not self.reason:
-            self._install()
+            self._install(vllm_config)
 
     @property
     def available(self) -> bool:
         """Whether drafts may branch."""
         return not self.reason
 
-    def _install(self) -> None:
+    def _install(self, vllm_config: Any) -> None:
         from vllm.platforms import current_platform
 
-        if not current_platform.is_cpu():
-            self.reason = f"there is no tree attention for {current_platform.device_name} yet"
+        cpu = current_platform.is_cpu()
+        if not cpu and not (self._gpu_trees and current_platform.is_cuda()):
+            self.reason = (
+                "the option gpu_trees is not set"
+                if current_platform.is_cuda()
+                else f"there is no tree attention for {current_platform.device_name} yet"
+            )
             return
-        missing = compat.missing_for_trees()
+        missing = compat.missing_for_trees() if cpu else compat.missing_for_gpu_trees()
         if missing:
             self.reason = f"this vLLM lacks {', '.join(missing)}"
             return
-        from vllm_specplug.host import cpu_attention
+        if cpu:
+            from vllm_specplug.host import cpu_attention
 
-        cpu_attention.install()
-        self.backend = cpu_attention.CpuTrees(self._sparse, self._attention)
+            self._module, self.backend = cpu_attention, cpu_attention.CpuTrees(self._sparse, self._attention)
+        else:
+            from vllm_specplug.host import gpu_attention
+
+            most = 1 + vllm_config.speculative_config.num_speculative_tokens
+            self._module, self.backend = gpu_attention, gpu_attention.GpuTrees(most)
+        self._module.install()
         self.reason = "the model is being loaded"
 
     def on_model_loaded(self) -> None:
         """The model's layers are made: other models of this process get vLLM's own backend again."""
         if self.backend is not None:
-            from vllm_specplug.host import cpu_attention
-
-            cpu_attention.uninstall()
+            self._module.uninstall()
 
     def on_kv_cache(self, runner: Any) -> None:
         """The KV cache was made, or made again: find out whether trees can be verified with it."""

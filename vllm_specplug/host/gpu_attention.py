@@ -1,0 +1,374 @@
+"""Draft trees in vLLM's attention backends for GPUs, TRITON_ATTN and FLASH_ATTN: subclassed, registered in their place.
+
+A step without trees takes vLLM's own code, CUDA graphs and all. In a step with trees, the rows of every request that
+runs no more than a tree's rows go through this plugin's kernel, chains too; what is left (prompts) is vLLM's. Graphs of
+whole steps then are for steps of one token per request only, since a recorded step cannot change its attention; steps
+that verify run in graphs of the parts between attention layers.
+
+Never run on a GPU by its authors, so it is off unless ``specplug.gpu_trees`` is set: its parts are tested on tensors of
+the CPU, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_specplug.host.tree_plan import StepPlan
+from vllm_specplug.kernels.kv_move_triton import KVMover, kv_move
+from vllm_specplug.kernels.tree_attention_triton import AttentionPlan, ancestor_bits, tree_attention
+
+#: vLLM's backends that are subclassed: name in its registry, module, prefix of its classes.
+STOCK = {
+    "TRITON_ATTN": ("vllm.v1.attention.backends.triton_attn", "TritonAttention"),
+    "FLASH_ATTN": ("vllm.v1.attention.backends.flash_attn", "FlashAttention"),
+}
+# Programs that share a request's context, at most, in steps of so many rows: larger ones fill a GPU without, and what
+# the programs leave to be merged would take too much memory (67 MB for 32 heads of 128).
+_SPLITS, _SPLIT_ROWS = 16, 256
+
+
+@dataclass(slots=True)
+class DeviceStep:
+    """A step's rows for the kernel, on the device.
+
+    Attributes:
+        starts: ``int32[n + 1]`` first row of each request.
+        lengths: ``int32[n]`` slots of each request, its rows included.
+        bits, depths: see `tree_attention`.
+        table: ``int32[n, blocks]``.
+        slots_mapped: slot of each row in the cache.
+        only_own: no row is left for vLLM's kernel.
+    """
+
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    bits: torch.Tensor
+    depths: torch.Tensor
+    table: torch.Tensor
+    only_own: bool
+
+
+class StepHolder:
+    """Where the metadata builders of one engine find the step's plan; None in a step without trees.
+
+    Attributes:
+        most: rows of a request that the kernel takes.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.plan: StepPlan | None = None
+        self.most = most
+        self.table: torch.Tensor | None = None
+        # Row m of a chain sees rows 0 to m; its depth is m.
+        self._chain_bits = ancestor_bits(torch.ones(most, most, dtype=torch.uint8).tril())
+
+    def rows(self, plan: StepPlan, starts: np.ndarray, rows: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Bits ``int32[rows, words]`` and depths ``int32[rows]`` of a step, and whether all of its rows have some.
+
+        Args:
+            plan: of the step.
+            starts: ``int32[n + 1]`` first row of each request; requests that pad the batch have none.
+            rows: of the step, with what pads it.
+        """
+        sizes = np.diff(starts)
+        within = np.arange(int(starts[-1])) - np.repeat(starts[:-1], sizes)
+        own = np.repeat(sizes <= self.most, sizes)
+        bits = torch.zeros(rows, self._chain_bits.shape[1], dtype=torch.int32)
+        depths = torch.zeros(rows, dtype=torch.int32)
+        at = torch.from_numpy(np.flatnonzero(own))
+        bits[at] = self._chain_bits[torch.from_numpy(within[own])]
+        depths[at] = torch.from_numpy(within[own].astype(np.int32))
+        trees = plan.trees
+        if len(trees.depths):
+            of_trees = ancestor_bits(trees.visible)
+            firsts, counts = trees.starts.numpy(), trees.sizes.numpy()
+            begins = np.cumsum(counts) - counts
+            places = np.arange(len(trees.depths)) - np.repeat(begins - firsts, counts)
+            bits[torch.from_numpy(places), : of_trees.shape[1]] = of_trees
+            bits[torch.from_numpy(places), of_trees.shape[1] :] = 0
+            depths[torch.from_numpy(places)] = trees.depths
+        return bits, depths, bool(own.all())
+
+
+def split_cache(cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value cache ``[blocks, block_size, kv_heads, head_size]``, views of a layer's KV cache.
+
+    Raises:
+        ValueError: its shape is none of those that vLLM's backends have used.
+    """
+    shape = list(cache.shape)
+    if cache.dim() == 4 and shape[3] == 2 * head_size:
+        slots = cache.transpose(1, 2)
+        return slots[..., :head_size], slots[..., head_size:]
+    if cache.dim() == 5 and shape[4] == head_size and shape[:2].count(2) == 1:
+        keys, values = cache.unbind(shape.index(2))
+        return keys, values
+    raise ValueError(f"a KV cache of shape {shape} is not known")
+
+
+class TreeBuilderMixin:
+    """Builds vLLM's metadata and adds the step's :class:`DeviceStep` where the engine's plan has trees."""
+
+    holder: StepHolder | None = None
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
+        """See vLLM's; at most steps of one token per request, whose attention is never a tree's."""
+        from vllm.v1.attention.backend import AttentionCGSupport
+
+        stock = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
+        return min(stock, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda support: support.value)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """As vLLM's, for the rows that this plugin does not attend."""
+        plan = self.holder.plan if self.holder is not None else None
+        if plan is None:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        assert self.holder is not None
+        common = common_attn_metadata
+        starts = common.query_start_loc_cpu.numpy()
+        if starts[-1] != plan.num_rows:
+            raise RuntimeError(f"vllm-specplug planned draft trees for {plan.num_rows} rows and vLLM runs {starts[-1]}")
+        device = common.seq_lens.device
+        bits, depths, only_own = self.holder.rows(plan, starts, common.num_actual_tokens)
+        self.holder.table = common.block_table_tensor
+        step = DeviceStep(
+            starts=common.query_start_loc.contiguous(),
+            lengths=common.seq_lens.contiguous(),
+            bits=bits.to(device, non_blocking=True),
+            depths=depths.to(device, non_blocking=True),
+            table=common.block_table_tensor,
+            only_own=only_own,
+        )
+        # vLLM's kernel has to run over all rows, for rows cannot be left out: it is told that these requests hold
+        # nothing but the rows, and what it writes there is overwritten.
+        common = copy.copy(common)
+        sizes = np.diff(starts)
+        held = torch.from_numpy(np.where(sizes <= self.holder.most, sizes, np.iinfo(np.int32).max).astype(np.int32))
+        common.seq_lens = torch.minimum(common.seq_lens, held.to(device, non_blocking=True))
+        stock = super().build(0, common, fast_build)  # type: ignore[misc]
+        stock.specplug_step = step
+        return stock
+
+
+class TreeImplMixin:
+    """Attends trees, and the chains beside them, with this plugin's kernel and everything else with vLLM's."""
+
+    #: For steps of few rows, and of any number.
+    attention_plans: tuple[AttentionPlan, AttentionPlan] | None = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See vLLM's; ``query`` and ``output`` are ``[rows, heads, head_size]``."""
+        step: DeviceStep | None = getattr(attn_metadata, "specplug_step", None)
+        if step is None or not step.only_own:
+            super().forward(  # type: ignore[misc]
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        if step is None:
+            return output
+        own: Any = self
+        assert self.attention_plans is not None
+        keys, values = split_cache(kv_cache, own.head_size)
+        rows = len(step.bits)
+        tree_attention(
+            self.attention_plans[rows > _SPLIT_ROWS],
+            query[:rows],
+            keys,
+            values,
+            step.table,
+            step.starts,
+            step.lengths,
+            step.bits,
+            output[:rows],
+            own.scale,
+            window_of(own),
+            step.depths,
+        )
+        return output
+
+
+def window_of(impl: Any) -> int:
+    """Tokens that a row of a layer sees, itself included; -1: all. vLLM keeps (left, right), or -1 for none."""
+    left = impl.sliding_window[0] if isinstance(impl.sliding_window, tuple) else impl.sliding_window
+    return -1 if left is None or left < 0 else int(left) + 1
+
+
+def subclass(name: str) -> type[Any]:
+    """vLLM's backend ``name`` (of :data:`STOCK`) with trees."""
+    module_name, prefix = STOCK[name]
+    module = importlib.import_module(module_name)
+    stock = [getattr(module, prefix + part) for part in ("Backend", "Impl", "MetadataBuilder")]
+    here = {"__module__": __name__}
+    impl = type(f"Tree{prefix}Impl", (TreeImplMixin, stock[1]), dict(here))
+    builder = type(f"Tree{prefix}MetadataBuilder", (TreeBuilderMixin, stock[2]), dict(here))
+    parts = {"get_impl_cls": staticmethod(lambda: impl), "get_builder_cls": staticmethod(lambda: builder)}
+    return type(f"Tree{prefix}Backend", (stock[0],), here | parts)
+
+
+def __getattr__(name: str) -> Any:
+    """``<NAME>`` of :data:`STOCK`: vLLM's registry looks classes up by module and name."""
+    if name in STOCK:
+        found = globals()[name] = subclass(name)
+        return found
+    raise AttributeError(name)
+
+
+def install() -> None:
+    """Let layers made from now on use the backends with trees; :func:`uninstall` them once the model is made."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
+    for name in STOCK:
+        register_backend(getattr(AttentionBackendEnum, name), f"{__name__}.{name}")
+    _cached_get_attn_backend.cache_clear()
+
+
+def uninstall() -> None:
+    """Let layers made from now on use vLLM's own backends again."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
+    for name in STOCK:
+        getattr(AttentionBackendEnum, name).clear_override()
+    _cached_get_attn_backend.cache_clear()
+
+
+class GpuTrees:
+    """Draft trees on CUDA: see :class:`vllm_specplug.host.trees.TreeBackend`."""
+
+    long_from: int | None = None
+
+    def __init__(self, most: int) -> None:
+        """
+        Args:
+            most: rows of a request to verify, its last token included.
+        """
+        self.holder = StepHolder(most)
+        self._movers: list[KVMover] = []
+        self._plan: StepPlan | None = None
+
+    def attach(self, runner: Any) -> str:
+        """Prepare for the runner's KV cache, which has just been made."""
+        self._movers = []
+        layers = runner.compilation_config.static_forward_context
+        plans: dict[tuple[Any, ...], tuple[AttentionPlan, AttentionPlan]] = {}
+        groups = list(runner._attn_group_iterator())
+        if not groups:
+            return "the model has no attention layers"
+        if len(runner.kv_cache_config.kv_cache_groups) > 1:
+            return "layers have KV caches of several kinds"
+        for group in groups:
+            reason = _group_reason(group, layers)
+            if reason:
+                return reason
+            found = [layers[name] for name in group.layer_names]
+            try:
+                self._attach(runner, found, plans)
+            except ValueError as error:
+                return str(error)
+            for builder in group.metadata_builders:
+                builder.holder = self.holder
+        return ""
+
+    def _attach(self, runner: Any, layers: list[Any], plans: dict[tuple[Any, ...], Any]) -> None:
+        first = layers[0].kv_cache
+        block_size = split_cache(first, layers[0].impl.head_size)[0].shape[1]
+        self._movers.append(KVMover([layer.kv_cache for layer in layers], block_size))
+        for layer in layers:
+            impl = layer.impl
+            key = (impl.num_heads, impl.num_kv_heads, impl.head_size, layer.kv_cache.dtype)
+            if key not in plans:
+                plans[key] = tuple(
+                    AttentionPlan(
+                        rows, runner.max_num_reqs, self.holder.most, *key, device=runner.device, splits=splits
+                    )
+                    for rows, splits in ((_SPLIT_ROWS, _SPLITS), (runner.max_num_tokens, 1))
+                )
+            impl.attention_plans = plans[key]
+
+    def warm_up(self) -> None:
+        """Nothing: kernels are compiled by the first step with trees."""
+
+    def begin(self, runner: Any, plan: StepPlan) -> None:
+        """Make the coming forward pass one of trees."""
+        rows, positions = tree_positions(plan)
+        device = runner.positions.device
+        runner.positions.index_copy_(0, rows.to(device), positions.to(device))
+        self.holder.plan = self._plan = plan
+
+    def end(self) -> None:
+        """Forward passes are without trees from now on."""
+        self.holder.plan = None
+
+    def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Move K/V of the step's rows ``sources`` to the places of its rows ``targets``, in all layers."""
+        assert self._plan is not None and self.holder.table is not None
+        moves = torch.from_numpy(moves_by_request(self._plan, sources, targets)).to(self.holder.table.device)
+        for mover in self._movers:
+            kv_move(mover, self.holder.table, moves[0], moves[1])
+
+
+def tree_positions(plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the step that are trees' (``int64[R]``), and their rotary positions (``int64[R]``)."""
+    starts, sizes, contexts = (t.numpy() for t in plan.trees[:3])
+    begins = np.cumsum(sizes) - sizes
+    rows = np.arange(int(sizes.sum()), dtype=np.int64) - np.repeat(begins - starts, sizes)
+    positions = np.repeat(contexts, sizes) + plan.trees.depths.numpy()
+    return torch.from_numpy(rows), torch.from_numpy(positions.astype(np.int64))
+
+
+def moves_by_request(plan: StepPlan, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """``int32[2, requests, depth]`` slots within each request to move from and to, -1: none, for `kv_move`.
+
+    Args:
+        sources, targets: ``int64[m]`` rows of the step, by tree, rising within one (see `tree_plan.accepted_moves`).
+    """
+    starts, _, contexts, requests = (t.numpy() for t in plan.trees[:4])
+    tree = np.searchsorted(starts, sources, side="right") - 1
+    counts = np.bincount(tree, minlength=len(starts))
+    moves = np.full((2, int(requests.max()) + 1, max(1, int(counts.max(initial=0)))), -1, np.int32)
+    nth = np.arange(len(tree)) - np.repeat(np.cumsum(counts) - counts, counts)
+    for k, rows in enumerate((sources, targets)):
+        moves[k, requests[tree], nth] = contexts[tree] + rows - starts[tree]
+    return moves
+
+
+def _group_reason(group: Any, layers: dict[str, Any]) -> str:
+    """Why this group of layers cannot attend trees; empty if it can."""
+    from vllm.v1.attention.backend import AttentionType
+
+    for builder in group.metadata_builders:
+        if not isinstance(builder, TreeBuilderMixin):
+            return f"layer {group.layer_names[0]} uses attention of another kind ({group.backend.get_name()})"
+    for name in group.layer_names:
+        impl = layers[name].impl
+        for what, there in (
+            ("attention of another kind", not isinstance(impl, TreeImplMixin)),
+            ("ALiBi", getattr(impl, "alibi_slopes", None) is not None),
+            ("a soft cap", bool(getattr(impl, "logits_soft_cap", 0))),
+            ("attention sinks", getattr(impl, "sinks", None) is not None),
+            ("a quantised KV cache", layers[name].kv_cache.dtype not in (torch.float16, torch.bfloat16, torch.float32)),
+            ("another layer's KV cache", getattr(impl, "kv_sharing_target_layer_name", None) is not None),
+            ("attention that is not causal", impl.attn_type != AttentionType.DECODER),
+            ("chunks of attention", getattr(impl, "chunk_lookback", -1) not in (-1, None)),
+        ):
+            if there:
+                return f"layer {name} uses {what}"
+    return ""
