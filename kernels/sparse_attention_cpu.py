@@ -160,8 +160,8 @@ class UnitSummaries:
         entry.blocks = blocks[:used].copy()
         return entry
 
-    def check(self) -> None:
-        """Recompute every summary from the cache.
+    def check(self, layers: range | None = None) -> None:
+        """Recompute the summaries of some layers from the cache, or of all.
 
         Raises:
             AssertionError: one is not what its keys say.
@@ -171,9 +171,10 @@ class UnitSummaries:
         for request, entry in self._entries.items():
             slots = entry.units * unit
             blocks = torch.from_numpy(entry.blocks[: -(-slots // layout.block_size)].astype(np.int64))
-            for layer, (cache, _) in enumerate(self._caches.pairs):
+            for layer in range(len(self._caches.pairs)) if layers is None else layers:
                 if not entry.units:
                     continue
+                cache = self._caches.pairs[layer][0]
                 keys = cache[blocks].reshape(len(blocks), cache.shape[1], -1)[:, :, offsets]
                 units = keys.transpose(0, 1).flatten(1, 2)[:, :slots].unflatten(1, (entry.units, unit))
                 found = summarise(units, self.selection.summary)
