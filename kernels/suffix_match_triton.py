@@ -15,22 +15,33 @@ _BLOCK = 1024
 _PROGRAMS = 2048
 
 
+@triton.jit
+def _history(lengths_ptr, rows_ptr, request, max_len, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Slot of a request, and how many tokens it has; none where the slot is negative."""
+    slot = request
+    if ROWS:
+        slot = tl.load(rows_ptr + request).to(tl.int64)
+    return slot, tl.minimum(tl.load(lengths_ptr + slot, mask=slot >= 0, other=0), max_len)
+
+
 @triton.jit(do_not_specialize=["max_len", "programs"])
 def _scan_kernel(  # type: ignore[no-untyped-def]
-    tokens_ptr,  # *int32 [n, max_len]
-    lengths_ptr,  # *int32 [n]
+    tokens_ptr,  # *int32 [slots, max_len]
+    lengths_ptr,  # *int32 [slots]
+    rows_ptr,  # *int32 or *int64 [n] slot of each request; unused without ROWS
     best_ptr,  # *int64 [n] match length * 2^32 + last position of the match, 0 before; in and out
     tokens_stride,
     max_len,
     programs,
+    ROWS: tl.constexpr,
     SHORTEST: tl.constexpr,
     LONGEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: (n, programs). The programs of a request take blocks of its positions in turn."""
     request = tl.program_id(0).to(tl.int64)
-    length = tl.minimum(tl.load(lengths_ptr + request), max_len)
-    history = tokens_ptr + request * tokens_stride
+    slot, length = _history(lengths_ptr, rows_ptr, request, max_len, ROWS)
+    history = tokens_ptr + slot * tokens_stride
     best = tl.zeros([BLOCK], tl.int64)
     # A match ends where a token follows.
     for begin in range(tl.program_id(1) * BLOCK, length - 1, programs * BLOCK):
@@ -54,25 +65,27 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["max_len", "width"])
 def _copy_kernel(  # type: ignore[no-untyped-def]
-    tokens_ptr,  # *int32 [n, max_len]
-    lengths_ptr,  # *int32 [n]
+    tokens_ptr,  # *int32 [slots, max_len]
+    lengths_ptr,  # *int32 [slots]
+    rows_ptr,  # *int32 or *int64 [n] slot of each request; unused without ROWS
     best_ptr,  # *int64 [n] as above; becomes 0
     drafts_ptr,  # *int32 [n, width], out
     matched_ptr,  # *int32 [n], out
     tokens_stride,
     max_len,
     width,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: (n,)."""
     request = tl.program_id(0).to(tl.int64)
-    length = tl.minimum(tl.load(lengths_ptr + request), max_len)
+    slot, length = _history(lengths_ptr, rows_ptr, request, max_len, ROWS)
     key = tl.load(best_ptr + request)
     matched = (key >> 32).to(tl.int32)
     first = (key & 0xFFFFFFFF).to(tl.int32) + 1
     place = tl.arange(0, BLOCK)
     copied = first + place < tl.where(matched > 0, length, 0)
-    tokens = tl.load(tokens_ptr + request * tokens_stride + first + place, mask=copied, other=-1)
+    tokens = tl.load(tokens_ptr + slot * tokens_stride + first + place, mask=copied, other=-1)
     tl.store(drafts_ptr + request * width + place, tokens, mask=place < width)
     tl.store(matched_ptr + request, matched)
     tl.store(best_ptr + request, tl.zeros([], tl.int64))
@@ -97,23 +110,29 @@ def suffix_match(
     workspace: Workspace,
     shortest: int,
     longest: int,
+    rows: torch.Tensor | None = None,
 ) -> None:
     """Find each request's longest suffix that occurs earlier and copy what followed its latest occurrence; 2 launches.
 
     Args:
-        tokens: ``int32[n, max_len]`` histories, each row contiguous; what is behind a length is never read.
-        lengths: ``int32[n]`` tokens of each history; more than ``max_len`` is cut off; 0 or less: no request.
+        tokens: ``int32[slots, max_len]`` histories, each row contiguous; what is behind a length is never read.
+        lengths: ``int32[slots]`` tokens of each history; more than ``max_len`` is cut off; 0 or less: no request.
         drafts: ``int32[n, d]``, written: the tokens copied, then -1.
         matched: ``int32[n]``, written: the match's length, 0 where nothing matched.
         workspace: for at least as many requests.
         shortest, longest: tokens of a match, ``1 <= shortest <= longest <= MOST_LONGEST``.
+        rows: ``int32[n]`` or ``int64[n]`` each request's slot, below ``slots``; negative: no request. None: each slot
+            is a request.
 
     Raises:
         ValueError: a shape, dtype, stride or device is wrong, or a bound.
     """
     check("tokens", tokens, torch.int32, (None, None), contiguous=False)
-    count, max_len = tokens.shape
-    check("lengths", lengths, torch.int32, (count,), tokens.device)
+    slots, max_len = tokens.shape
+    check("lengths", lengths, torch.int32, (slots,), tokens.device)
+    if rows is not None:
+        check("rows", rows, (torch.int32, torch.int64), (None,), tokens.device)
+    count = slots if rows is None else len(rows)
     check("drafts", drafts, torch.int32, (count, None), tokens.device)
     check("matched", matched, torch.int32, (count,), tokens.device)
     check("workspace.best", workspace.best, torch.int64, (None,), tokens.device)
@@ -130,10 +149,12 @@ def suffix_match(
     _scan_kernel[(count, programs)](
         tokens,
         lengths,
+        lengths if rows is None else rows,
         workspace.best,
         tokens.stride(0),
         max_len,
         programs,
+        ROWS=rows is not None,
         SHORTEST=shortest,
         LONGEST=longest,
         BLOCK=_BLOCK,
@@ -143,12 +164,14 @@ def suffix_match(
     _copy_kernel[(count,)](
         tokens,
         lengths,
+        lengths if rows is None else rows,
         workspace.best,
         drafts,
         matched,
         tokens.stride(0),
         max_len,
         width,
+        ROWS=rows is not None,
         BLOCK=triton.next_power_of_2(max(1, width)),
         num_warps=1,
     )

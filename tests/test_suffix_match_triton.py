@@ -141,6 +141,25 @@ def test_a_launch_leaves_nothing_to_the_next():
     assert_same(nothing, np.zeros(0, np.int32), 1, 3, 2, space=space)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_requests_in_any_slots(dtype):
+    rng = np.random.default_rng(6)
+    tokens = rng.integers(0, 3, (7, 30)).astype(np.int32)
+    lengths = np.array([30, 0, 12, 29, 7, 30, 1], np.int32)
+    wanted, wanted_lengths = suffix_match_reference(tokens, lengths, 1, 6, 4)
+    for slots in ([5, 0, 3], [6, -1, 1, 2, 4], [2] * 9, []):
+        found = torch.full((len(slots), 4), -77, dtype=torch.int32, device=DEVICE)
+        matched = torch.full((len(slots),), -77, dtype=torch.int32, device=DEVICE)
+        space = Workspace(9, DEVICE)
+        rows = torch.tensor(slots, dtype=dtype, device=DEVICE)
+        history, count = (torch.from_numpy(array).to(DEVICE) for array in (tokens, lengths))
+        suffix_match(history, count, found, matched, space, 1, 6, rows)
+        assert (space.best == 0).all()
+        for slot, own, length in zip(slots, found.tolist(), matched.tolist(), strict=True):
+            assert own == (wanted[slot].tolist() if slot >= 0 else [-1] * 4)
+            assert length == (wanted_lengths[slot] if slot >= 0 else 0)
+
+
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.data())
 def test_any_history(data):
@@ -173,6 +192,8 @@ def test_wrong_arguments():
         ("drafts", ints(3, 2).T, "drafts must be contiguous"),
         ("matched", ints(2, 1), "matched must be"),
         ("workspace", Workspace(1, DEVICE), "workspace is for 1 requests, got 2"),
+        ("rows", ints(2, dtype=torch.int16), "rows must be"),
+        ("rows", ints(3), "drafts must be"),
         ("shortest", 0, "got 0 and 4"),
         ("shortest", 5, "got 5 and 4"),
         ("longest", MOST_LONGEST + 1, "at most 32, got 1 and 33"),
