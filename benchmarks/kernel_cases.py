@@ -437,6 +437,33 @@ def block_select_cases(bench: Bench) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def suffix_match_cases(bench: Bench) -> Iterator[Case]:
+    """64 histories of 32,768 tokens, all of which have to be read."""
+    from vllm_specplug.kernels import suffix_match_triton as own
+    from vllm_specplug.kernels.suffix_match import suffix_match_reference
+
+    shortest, longest, drafts = 2, 8, 16
+    for requests, length in bench.shapes((3, 60), (64, 32768), (1, 32768)):
+        draw = np.random.default_rng(bench.seed)
+        tokens = draw.integers(0, 1000, (requests, length)).astype(np.int32)
+        lengths = np.full(requests, length, np.int32)
+        found = torch.empty(requests, drafts, dtype=torch.int32, device=bench.device)
+        matched = torch.empty(requests, dtype=torch.int32, device=bench.device)
+        on_device = [torch.from_numpy(x).to(bench.device) for x in (tokens, lengths)]
+        space = own.Workspace(requests, bench.device)
+
+        def run(on_device: Any = on_device, found: Any = found, matched: Any = matched, space: Any = space) -> None:
+            own.suffix_match(*on_device, found, matched, space, shortest, longest)
+
+        def error(tokens: Any = tokens, lengths: Any = lengths, found: Any = found, matched: Any = matched) -> float:
+            some = slice(0, 2)  # the definition tries every suffix at every place
+            wanted = suffix_match_reference(tokens[some], lengths[some], shortest, longest, drafts)
+            return max(unequal(f[some], torch.from_numpy(w)) for f, w in zip((found, matched), wanted, strict=True))
+
+        task = f"{requests} histories of {length}"
+        yield Case("suffix_match", task, "own", run, own.work([length] * requests, drafts), error)
+
+
 CASES: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "tree_attention": tree_attention_cases,
     "sparse_attention": sparse_attention_cases,
@@ -444,4 +471,5 @@ CASES: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "tree_walk": tree_walk_cases,
     "recycling_matrix": recycling_cases,
     "block_select": block_select_cases,
+    "suffix_match": suffix_match_cases,
 }
