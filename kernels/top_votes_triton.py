@@ -29,7 +29,7 @@ def most_voted(votes, index, forced, count, total):  # type: ignore[no-untyped-d
     # So many keys as wanted or more are at least `low`, fewer are at least `high`.
     high = tl.max(keys, 0) + 1
     low = high * 0
-    at_least = total - forced
+    at_least = low + (total - forced)
     while (high - low > 1) & (at_least != wanted):
         middle = low + ((high - low) >> 1)
         reached = tl.sum((keys >= middle).to(tl.int32), 0)

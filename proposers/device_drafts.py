@@ -2,10 +2,12 @@
 
 What follows the longest suffix that occurred before in the request's own text (arXiv 2304.04487); where there is none,
 what the target ranked highest after each token when it last saw it (the first column of Token Recycling's matrix,
-arXiv 2408.08696). Nothing here waits for the device, and everything has its address from the beginning.
+arXiv 2408.08696). Nothing here waits for the device.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from vllm_specplug.kernels import suffix_match_triton
@@ -39,7 +41,7 @@ class DeviceDrafts:
         if not match and not recycle:
             raise ValueError("match or recycle must be set")
         self.length = length
-        on = {"dtype": torch.int32, "device": device}
+        on: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self._workspace = suffix_match_triton.Workspace(max_requests, device) if match else None
         self._matched = torch.zeros(max_requests, **on)
         self._copied = torch.full((max_requests, length), -1, **on)
