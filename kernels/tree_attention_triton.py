@@ -153,7 +153,7 @@ def tree_attention_kernel(  # type: ignore[no-untyped-def]
     if WINDOW:
         nearest = context + tl.load(depths_ptr + member) - window + 1
         # Up to where every row sees everything.
-        edge = low + tl.cdiv(tl.maximum(tl.min(nearest, 0) - low, 0), TILE) * TILE
+        edge = low + tl.cdiv(tl.maximum(tl.max(nearest, 0) - low, 0), TILE) * TILE
         edge = tl.minimum(edge, high)
         acc, top, total = attend(
             acc, top, total, query, key_ptr, value_ptr, table_ptr, table_ptr, words_ptr, depths_ptr, nearest,
