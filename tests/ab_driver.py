@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -54,6 +55,8 @@ def start(arguments: list[str], output: Path, *prepare: Callable[[], None]) -> B
             os.dup2(file.fileno(), 2)
         # pytest's own are elsewhere.
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        # In the background of a shell without job control, whoever runs the tests ignores it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         servers.GRACE_S = 4.0  # what does not end is killed sooner than in earnest
         for step in (fake_vllm, *prepare):
             step()
