@@ -95,7 +95,7 @@ class AttentionPlan:
         self.partial = torch.empty(places * head_size, dtype=torch.float32, device=self.device)
         self.tops, self.totals = torch.empty(2, places, dtype=torch.float32, device=self.device)
         self.parts = torch.empty(max_requests * kv_heads, dtype=torch.int32, device=self.device)
-        # CPU is what a device's index is compared with elsewhere; "cuda" has none until something is allocated.
+        # With its index: "cuda" alone is no tensor's device.
         self.device = self.parts.device
 
     @property
