@@ -464,6 +464,59 @@ def suffix_match_cases(bench: Bench) -> Iterator[Case]:
         yield Case("suffix_match", task, "own", run, own.work([length] * requests, drafts), error)
 
 
+def expert_vote_cases(bench: Bench) -> Iterator[Case]:
+    """64 requests of 17 rows, 128 experts and 8 of them per token; each request votes for 32."""
+    from vllm_specplug.kernels import expert_vote_triton as own
+    from vllm_specplug.kernels.expert_vote import softmax_route, vote
+
+    large = ((64, 17, 128, 8, 32), (64, 17, 512, 10, 64))
+    for requests, rows, experts, k, budget in bench.shapes((3, 5, 16, 2, 6), *large):
+        total = requests * rows
+        logits = torch.randn(total, experts, device=bench.device, dtype=bench.dtype)
+        pools = torch.arange(requests + 1, device=bench.device, dtype=torch.int32) * rows
+        out = torch.empty_like(logits)
+        allowed = torch.empty(requests, experts, dtype=torch.uint8, device=bench.device)
+        inputs = (logits, pools, out, allowed, own.Workspace(total, experts, bench.device), k, budget, True)
+
+        def error(inputs: Any = inputs) -> float:
+            # Sums differ in their last bits, so experts whose votes tie may too.
+            logits, pools, _, allowed, _, k, budget, _ = inputs
+            weights, ids = softmax_route(logits.float().cpu(), k, True)
+            wanted = vote(weights, ids, pools.cpu(), logits.shape[1], budget)
+            return unequal(allowed, wanted.to(torch.uint8))
+
+        def run(inputs: Any = inputs) -> None:
+            own.expert_vote(*inputs)
+
+        task = f"{requests}x{rows} rows, {k} of {experts} experts, {budget} by vote"
+        work = own.work(total, requests, experts, k, logits.element_size())
+        yield Case("expert_vote", task, "own", run, work, error, 1e-3)
+
+
+def ffn_union_cases(bench: Bench) -> Iterator[Case]:
+    """Channels open for some row, of 14,336."""
+    from vllm_specplug.kernels import ffn_union_triton as own
+
+    for requests, rows, width in bench.shapes((2, 3, 300), (64, 17, 14336), (1, 17, 14336)):
+        act = torch.randn(requests * rows, width, device=bench.device, dtype=bench.dtype)
+        on = {"device": bench.device, "dtype": torch.int32}
+        pools = torch.arange(requests + 1, **on) * rows
+        mask = torch.empty(requests, width, device=bench.device, dtype=torch.bool)
+        channels, counts, tau = torch.empty(requests, width, **on), torch.empty(requests, **on), 1.5
+        inputs = (act, pools, mask, channels, counts, own.Workspace(requests, width, bench.device), tau)
+
+        def error(inputs: Any = inputs, shape: Any = (requests, rows, width)) -> float:
+            act, _, mask, _, counts, _, tau = inputs
+            wanted = ~(act.float().abs() < tau).reshape(shape).all(1)
+            return max(unequal(mask, wanted.cpu()), unequal(counts, wanted.sum(1).cpu()))
+
+        def run(inputs: Any = inputs) -> None:
+            own.ffn_union(*inputs)
+
+        work = own.work(requests * rows, requests, width, act.element_size())
+        yield Case("ffn_union", f"{requests}x{rows} rows, {width} channels", "own", run, work, error)
+
+
 CASES: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "tree_attention": tree_attention_cases,
     "sparse_attention": sparse_attention_cases,
@@ -472,4 +525,6 @@ CASES: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "recycling_matrix": recycling_cases,
     "block_select": block_select_cases,
     "suffix_match": suffix_match_cases,
+    "expert_vote": expert_vote_cases,
+    "ffn_union": ffn_union_cases,
 }
