@@ -142,27 +142,21 @@ class Paged:
         return max(relative(self.out[i * rows : (i + 1) * rows], self.wanted(i)) for i in picked)
 
 
-def _splits(requests: int) -> int:
-    return 16 if requests < 16 else 4
-
-
-def _splits(requests: int) -> int:
-    return 16 if requests < 16 else 4
-
-
 def tree_attention_cases(bench: Bench) -> Iterator[Case]:
-    """64 requests of 16 nodes over long contexts, and PyTorch's attention over contiguous keys with a mask."""
+    """64 requests of 16 rows (a root and 15 nodes), and of 17, over long contexts; PyTorch's attention over contiguous
+    keys with a mask."""
     from vllm_specplug.kernels import tree_attention_triton as own
-    from vllm_specplug.kernels.attention_triton import AttentionPlan
+    from vllm_specplug.kernels.attention_triton import AttentionPlan, plan_splits
 
-    large = [(64, 17, c, 32, 8, 128) for c in (2048, 8192, 32768)] + [
-        (1, 17, 32768, 32, 8, 128),
-        (64, 17, 2048, 9, 3, 64),
+    large = [(64, 16, c, 32, 8, 128) for c in (2048, 8192, 32768)] + [
+        (64, 17, 8192, 32, 8, 128),
+        (1, 16, 32768, 32, 8, 128),
+        (64, 16, 2048, 9, 3, 64),
     ]
     for requests, rows, context, heads, kv_heads, size in bench.shapes((3, 5, 70, 4, 2, 32), *large):
         step = Paged(bench, requests, rows, context, heads, kv_heads, size)
         of_model = (heads, kv_heads, size, bench.dtype, bench.device)
-        plan = AttentionPlan(requests * rows, requests, rows, *of_model, splits=_splits(requests))
+        plan = AttentionPlan(requests * rows, requests, rows, *of_model, *plan_splits(requests, kv_heads, context))
         task = f"{requests}x{rows} context {context} heads {heads}/{kv_heads}x{size}"
         work = own.work([context] * requests, [rows] * requests, heads, kv_heads, size, bench.dtype)
 
@@ -233,10 +227,10 @@ def sparse_attention_cases(bench: Bench) -> Iterator[Case]:
     """A tenth of a long context's units, against the whole of it by the kernel above."""
     from vllm_specplug.kernels import sparse_attention_triton as own
     from vllm_specplug.kernels import tree_attention_triton as dense
-    from vllm_specplug.kernels.attention_triton import AttentionPlan
+    from vllm_specplug.kernels.attention_triton import AttentionPlan, plan_splits
 
     unit = 16  # a block
-    large = [(n, 17, c, 32, 8, 128) for n, c in ((64, 32768), (1, 32768), (64, 8192))]
+    large = [(n, 16, c, 32, 8, 128) for n, c in ((64, 32768), (1, 32768), (64, 8192))]
     for requests, rows, context, heads, kv_heads, size in bench.shapes((2, 5, 700, 4, 2, 32), *large):
         step = Paged(bench, requests, rows, context, heads, kv_heads, size)
         tail = (context - 64) // step.block * step.block // unit * unit
@@ -246,7 +240,7 @@ def sparse_attention_cases(bench: Bench) -> Iterator[Case]:
         counts = torch.full((requests, kv_heads), taken, dtype=torch.int32, device=bench.device)
         tails = torch.full((requests,), tail, dtype=torch.int32, device=bench.device)
         of_model = (heads, kv_heads, size, bench.dtype, bench.device)
-        plan = AttentionPlan(requests * rows, requests, rows, *of_model, splits=_splits(requests))
+        plan = AttentionPlan(requests * rows, requests, rows, *of_model, *plan_splits(requests, kv_heads, context))
         task = f"{requests}x{rows} context {context} heads {heads}/{kv_heads}x{size} 10% of units"
         attended = taken * unit + context + rows - tail
         inputs = (plan, step.query, step.keys, step.values, step.table, step.starts, step.lengths, step.bits, step.out)

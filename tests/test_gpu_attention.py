@@ -182,6 +182,9 @@ def test_a_step_through_the_adapter(step, name, window, monkeypatch):
     runner = runner_of(*layers)
     backend = GpuTrees(MOST)
     assert backend.attach(runner) == ""
+    empty = [layer.kv_cache.clone() for layer in layers]
+    backend.warm_up()
+    assert all(torch.equal(layer.kv_cache, was) for layer, was in zip(layers, empty, strict=True))
     (builder,) = next(runner._attn_group_iterator()).metadata_builders
     backend.begin(runner, step.plan)
     assert runner.positions[:5].tolist() == [33, 34, 34, 35, 35]

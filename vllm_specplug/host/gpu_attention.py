@@ -31,6 +31,8 @@ STOCK = {
 # Programs that share a request's context, at most, in steps of so many rows: larger ones fill a GPU without, and what
 # the programs leave to be merged would take too much memory (67 MB for 32 heads of 128).
 _SPLITS, _SPLIT_ROWS = 16, 256
+# Slots that each of them has at least: small batches have few other programs.
+_LEAST = 256
 
 
 @dataclass(slots=True)
@@ -59,6 +61,7 @@ class StepHolder:
 
     Attributes:
         most: rows of a request that the kernel takes.
+        bits_of_chain: ``int32[most, words]`` what the rows of a chain see.
     """
 
     def __init__(self, most: int) -> None:
@@ -66,7 +69,7 @@ class StepHolder:
         self.most = most
         self.table: torch.Tensor | None = None
         # Row m of a chain sees rows 0 to m; its depth is m.
-        self._chain_bits = ancestor_bits(torch.ones(most, most, dtype=torch.uint8).tril())
+        self.bits_of_chain = ancestor_bits(torch.ones(most, most, dtype=torch.uint8).tril())
 
     def rows(self, plan: StepPlan, starts: np.ndarray, rows: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Bits ``int32[rows, words]`` and depths ``int32[rows]`` of a step, and whether all of its rows have some.
@@ -79,10 +82,10 @@ class StepHolder:
         sizes = np.diff(starts)
         within = np.arange(int(starts[-1])) - np.repeat(starts[:-1], sizes)
         own = np.repeat(sizes <= self.most, sizes)
-        bits = torch.zeros(rows, self._chain_bits.shape[1], dtype=torch.int32)
+        bits = torch.zeros(rows, self.bits_of_chain.shape[1], dtype=torch.int32)
         depths = torch.zeros(rows, dtype=torch.int32)
         at = torch.from_numpy(np.flatnonzero(own))
-        bits[at] = self._chain_bits[torch.from_numpy(within[own])]
+        bits[at] = self.bits_of_chain[torch.from_numpy(within[own])]
         depths[at] = torch.from_numpy(within[own].astype(np.int32))
         trees = plan.trees
         if len(trees.depths):
@@ -262,11 +265,12 @@ class GpuTrees:
         """
         self.holder = StepHolder(most)
         self._movers: list[KVMover] = []
+        self._first_layers: list[Any] = []  # of each kind
         self._plan: StepPlan | None = None
 
     def attach(self, runner: Any) -> str:
         """Prepare for the runner's KV cache, which has just been made."""
-        self._movers = []
+        self._movers, self._first_layers = [], []
         layers = runner.compilation_config.static_forward_context
         plans: dict[tuple[Any, ...], tuple[AttentionPlan, AttentionPlan]] = {}
         groups = list(runner._attn_group_iterator())
@@ -304,7 +308,20 @@ class GpuTrees:
             impl.attention_plans = plans[key]
 
     def warm_up(self) -> None:
-        """Nothing: kernels are compiled by the first step with trees."""
+        """Compile before the first request: one row of an empty cache, and no move."""
+        words = self.holder.bits_of_chain.shape[1]
+        for layer in self._first_layers:
+            impl, cache = layer.impl, layer.kv_cache
+            on = {"device": cache.device, "dtype": torch.int32}
+            query = torch.zeros(1, impl.num_heads, impl.head_size, device=cache.device, dtype=cache.dtype)
+            table, starts = torch.zeros(1, 1, **on), torch.arange(2, **on)
+            step = (table, starts, torch.ones(1, **on), torch.ones(1, words, **on), torch.empty_like(query))
+            for plan in impl.attention_plans:
+                caches = split_cache(cache, impl.head_size)
+                tree_attention(plan, query, *caches, *step, impl.scale, window_of(impl), torch.zeros(1, **on))
+        for mover in self._movers:
+            none = torch.full((1, self.holder.most), -1, dtype=torch.int32, device=mover.device)
+            kv_move(mover, torch.zeros(1, 1, dtype=torch.int32, device=mover.device), none, none)
 
     def begin(self, runner: Any, plan: StepPlan) -> None:
         """Make the coming forward pass one of trees."""
@@ -320,7 +337,9 @@ class GpuTrees:
     def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Move K/V of the step's rows ``sources`` to the places of its rows ``targets``, in all layers."""
         assert self._plan is not None and self.holder.table is not None
-        moves = torch.from_numpy(moves_by_request(self._plan, sources, targets)).to(self.holder.table.device)
+        moves = torch.from_numpy(moves_by_request(self._plan, sources, targets, self.holder.most)).to(
+            self.holder.table.device
+        )
         for mover in self._movers:
             kv_move(mover, self.holder.table, moves[0], moves[1])
 
@@ -334,16 +353,17 @@ def tree_positions(plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(rows), torch.from_numpy(positions.astype(np.int64))
 
 
-def moves_by_request(plan: StepPlan, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def moves_by_request(plan: StepPlan, sources: np.ndarray, targets: np.ndarray, depth: int) -> np.ndarray:
     """``int32[2, requests, depth]`` slots within each request to move from and to, -1: none, for `kv_move`.
 
     Args:
+        depth: always the same, for the kernel is compiled for each.
         sources, targets: ``int64[m]`` rows of the step, by tree, rising within one (see `tree_plan.accepted_moves`).
     """
     starts, _, contexts, requests = (t.numpy() for t in plan.trees[:4])
     tree = np.searchsorted(starts, sources, side="right") - 1
     counts = np.bincount(tree, minlength=len(starts))
-    moves = np.full((2, int(requests.max()) + 1, max(1, int(counts.max(initial=0)))), -1, np.int32)
+    moves = np.full((2, int(requests.max()) + 1, depth), -1, np.int32)
     nth = np.arange(len(tree)) - np.repeat(np.cumsum(counts) - counts, counts)
     for k, rows in enumerate((sources, targets)):
         moves[k, requests[tree], nth] = contexts[tree] + rows - starts[tree]
