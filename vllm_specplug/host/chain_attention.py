@@ -16,7 +16,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_specplug.kernels.tree_attention import TreeBatch, build_trees
 
-#: Tokens in the cache from which on a request's rows are this plugin's, where it is faster; fewer take no time.
+#: Tokens in the cache from which on a request's rows are this plugin's, where it is faster. There a step of 1, 4 and 8
+#: rows took 0.98, 0.93 and 0.92 of its time; with half the tokens 0.99, 0.97 and 0.96, which is not worth two kernels.
 LONG = 1024
 # Tokens in the cache, and rows, for which both are timed; each must be faster by so much.
 _CONTEXT, _ROWS = 2048, (1, 8)
