@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_cases import CASES, Bench, Case
+from kernel_case import Bench, Case
+from kernel_cases import CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.csv"

@@ -35,7 +35,6 @@ def _lanes() -> int:
 #: Floats per vector on this machine; always divides 16.
 LANES = _lanes()
 
-
 #: Bytes of a cache line.
 LINE = 64
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm_specplug.host import chain_attention
+from vllm_specplug.host import chain_attention, cpu_attention
 
 
 class Clock:
@@ -53,3 +53,33 @@ def test_it_must_be_faster_at_every_number_of_rows(monkeypatch, own, longest, fo
 
     assert chain_attention.long_contexts(7, 128, of_own, lambda *_: clock.runs(1.0), longest) == found
     assert seen[:1] == ([(1, 2049, [1], [2048])] if longest > chain_attention.LONG else [])
+
+
+@pytest.mark.parametrize(
+    ("attention", "faster", "found"),
+    [
+        ("auto", [True, True], chain_attention.LONG),
+        ("auto", [True, False], None),
+        ("auto", [TypeError("another signature")], None),
+        ("own", [], chain_attention.LONG),
+        ("vllm", [], None),
+    ],
+)
+def test_every_group_must_be_faster_and_a_kernel_that_cannot_be_timed_stays_vllms(
+    monkeypatch, attention, faster, found
+):
+    left = list(faster)
+
+    def is_faster(builder, layer):
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(cpu_attention, "_warm_up_kernel", lambda builder: None)
+    monkeypatch.setattr(cpu_attention.kernels, "move_rows", lambda *args: None)
+    monkeypatch.setattr(cpu_attention, "_is_faster", is_faster)
+    backend = cpu_attention.CpuTrees(attention=attention)
+    backend._groups, backend._first_layers = [(None, None)] * 2, [None] * 2
+    backend.warm_up()
+    assert backend.long_from == found and left == []

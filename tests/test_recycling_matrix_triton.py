@@ -205,7 +205,10 @@ def test_entries_below_minus_one_are_missing():
 
 
 def test_no_request():
-    recycle_draft(int32([[1]]), int32([]), RecycleTemplate([-1], [0], DEVICE), int32(np.zeros((0, 1))))
+    """The outputs lie behind nothing that may be written: a view of none of a poisoned row."""
+    tokens = int32([[POISON]])
+    recycle_draft(int32([[1]]), int32([]), RecycleTemplate([-1], [0], DEVICE), tokens[:0])
+    assert tokens.tolist() == [[POISON]]
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -7,6 +7,7 @@ in a step with trees, :class:`TreeMetadata` instead of vLLM's metadata tells the
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from vllm_specplug.host.tree_plan import StepPlan
 from vllm_specplug.kernels import tree_attention_cpu as kernels
 from vllm_specplug.kernels.sparse_attention_cpu import Choice
 from vllm_specplug.kernels.tree_attention import build_trees
+
+logger = logging.getLogger("vllm.specplug")
 
 
 class PlanHolder:
@@ -243,12 +246,17 @@ class CpuTrees:
             _warm_up_kernel(builder)
             nothing = np.zeros(0, np.int64)
             kernels.move_rows(mover, nothing, nothing)
-        groups = zip(self._groups, self._first_layers, strict=True)
-        own = self._attention == "own" or (
-            self._attention == "auto" and all(_is_faster(builder, layer) for (builder, _), layer in groups)
-        )
-        if own:
+        if self._attention == "own" or (self._attention == "auto" and self._is_faster()):
             self.long_from = chain_attention.LONG
+
+    def _is_faster(self) -> bool:
+        """Whether this plugin attends long contexts in less time than vLLM, in the first layer of every group."""
+        groups = zip(self._groups, self._first_layers, strict=True)
+        try:
+            return all(_is_faster(builder, layer) for (builder, _), layer in groups)
+        except Exception as error:  # a server starts without it, whatever another vLLM's kernel takes
+            logger.warning("vllm-specplug: vLLM attends long contexts, for its kernel could not be timed: %s", error)
+            return False
 
     def begin(self, runner: Any, plan: StepPlan) -> None:
         """Make the coming forward pass one of trees."""

@@ -44,7 +44,6 @@ class DeviceStep:
         lengths: ``int32[n]`` slots of each request, its rows included.
         bits, depths: see `tree_attention`.
         table: ``int32[n, blocks]``.
-        slots_mapped: slot of each row in the cache.
         only_own: no row is left for vLLM's kernel.
     """
 
