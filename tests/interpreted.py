@@ -1,0 +1,86 @@
+"""Real vLLM engines that run their GPU code on this machine's CPU, in Triton's interpreter.
+
+vLLM 0.32 has a Model Runner V2 for CPUs that runs the GPU runner's own Triton kernels by a Triton with a CPU backend.
+The interpreter takes that backend's place here, so everything between the scheduler and the kernels is vLLM's real code:
+only what a kernel is compiled to, streams and CUDA graphs are not. An engine of a tiny model starts in seconds and makes
+a few steps per second.
+
+A process is one or the other: with this, vLLM takes Triton for usable, and would for the other tests' engines. So tests
+run a driver, a script beside them, in a process of its own (:func:`run`), which calls :func:`prepare` first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent
+
+#: Environment of a driver. Engines run in its own process, so that it can look into them.
+ENVIRONMENT = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def run(driver: str, *arguments: str, timeout: float = 600.0) -> Any:
+    """What ``tests/<driver>.py`` reports by :func:`report`; its error output is shown where it fails."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SPECPLUG_")}
+    read, write = os.pipe()
+    with os.fdopen(read) as answer:
+        process = subprocess.Popen(
+            [sys.executable, str(TESTS / f"{driver}.py"), *arguments],
+            env=environment | ENVIRONMENT | {"SPECPLUG_TEST_ANSWER": str(write)},
+            pass_fds=[write],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        os.close(write)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            raise AssertionError(f"{driver} took more than {timeout:.0f} s:\n{output[-4000:]}") from None
+        text = answer.read()
+    assert process.returncode == 0 and text, f"{driver} ended with {process.returncode}:\n{output[-8000:]}"
+    return json.loads(text)
+
+
+def report(found: Any) -> None:
+    """Hand what a driver found to :func:`run`."""
+    with os.fdopen(int(os.environ["SPECPLUG_TEST_ANSWER"]), "w") as answer:
+        json.dump(found, answer)
+
+
+def prepare() -> None:
+    """Make vLLM run its GPU kernels in the interpreter. Before vLLM is imported."""
+    import torch
+    import triton.backends
+
+    assert "vllm" not in sys.modules and os.environ.get("TRITON_INTERPRET") == "1"
+
+    class Driver:
+        @staticmethod
+        def is_active() -> bool:
+            return True
+
+    triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=Driver)
+    # vLLM's kernel that writes K and V asks for it to choose the size of its tiles.
+    torch.cuda.get_device_capability = lambda *device: (9, 0)
+
+
+def attend_with(path: str) -> None:
+    """Let vLLM's CPU platform, which knows one attention backend only, use the one of this path."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CPU_ATTN, path)
