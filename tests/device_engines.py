@@ -1,3 +1,4 @@
+# ruff: noqa: E402 - vLLM is to be imported after the interpreter is prepared
 """Engines that draft on the device, in vLLM's Model Runner V2, on this machine's CPU. For drivers (:mod:`interpreted`).
 
 A driver imports this first, before vLLM. Everything of this plugin is as on a GPU, its worker class and the checks at
@@ -18,10 +19,10 @@ import interpreted
 
 interpreted.prepare()
 
+from engines import make_tiny_llama
 from vllm import LLM, SamplingParams, platforms
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from engines import make_tiny_llama
 from vllm_specplug.host import engine_args, gpu_worker
 
 VOCAB = 97

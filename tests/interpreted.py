@@ -1,9 +1,9 @@
 """Real vLLM engines that run their GPU code on this machine's CPU, in Triton's interpreter.
 
 vLLM 0.32 has a Model Runner V2 for CPUs that runs the GPU runner's own Triton kernels by a Triton with a CPU backend.
-The interpreter takes that backend's place here, so everything between the scheduler and the kernels is vLLM's real code:
-only what a kernel is compiled to, streams and CUDA graphs are not. An engine of a tiny model starts in seconds and makes
-a few steps per second.
+The interpreter takes that backend's place here, so everything between the scheduler and the kernels is vLLM's real
+code: only what a kernel is compiled to, streams and CUDA graphs are not. An engine of a tiny model starts in seconds
+and makes a few steps per second.
 
 A process is one or the other: with this, vLLM takes Triton for usable, and would for the other tests' engines. So tests
 run a driver, a script beside them, in a process of its own (:func:`run`), which calls :func:`prepare` first.
