@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from vllm_specplug.kernels.recycling_matrix import check_template
+from vllm_specplug.kernels.recycling_matrix import Node, check_template, shape_parents
 from vllm_specplug.kernels.triton_tools import Work, check
 
 #: Rows per program of the update. Rows of 8 guesses are 32 bytes, so each of 128 threads moves 16 bytes at once; and
@@ -152,14 +152,46 @@ class RecycleTemplate:
         self.width = max(ranks) + 1
 
 
+class RecycleShapes:
+    """Shapes of draft trees of copied tokens and guesses, on the device; all have the same number of nodes N.
+
+    Attributes:
+        ranks: ``int32[shapes, levels, N]`` ranks of the guesses on each node's path, -1 below the last.
+        copies: ``int32[shapes, N]`` copied tokens that each node's path begins with.
+        parents: ``int32[shapes, N]`` row of each node's parent, see `shape_parents`.
+    """
+
+    def __init__(self, shapes: Sequence[Sequence[Node]], device: torch.device | str) -> None:
+        """
+        Raises:
+            ValueError: there is no shape, one is no tree, or they differ in their number of nodes.
+        """
+        if not shapes or len({len(shape) for shape in shapes}) != 1:
+            raise ValueError(f"shapes must have the same number of nodes, got {[len(shape) for shape in shapes]}")
+        on = {"dtype": torch.int32, "device": device}
+        self.parents = torch.tensor([shape_parents(shape) for shape in shapes], **on)
+        self.copies = torch.tensor([[node.copies for node in shape] for shape in shapes], **on)
+        levels = max(1, max(len(node.ranks) for shape in shapes for node in shape))
+        padded = [[[*node.ranks, *[-1] * (levels - len(node.ranks))] for node in shape] for shape in shapes]
+        self.ranks = torch.tensor(padded, dtype=torch.int32).transpose(1, 2).contiguous().to(device)
+
+
 @triton.jit
 def recycle_draft_kernel(  # type: ignore[no-untyped-def]
     matrix_ptr,  # *int32 [vocab, K]
     last_tokens_ptr,  # *int32 [n] -1: empty request
-    ranks_ptr,  # *int32 [LEVELS, NODES] rank of each node's ancestor on each level, -1 below the node
+    ranks_ptr,  # *int32 [shapes, LEVELS, NODES] rank of each node's ancestor on each level, -1 below the node
     tokens_ptr,  # out: *int32 [n, NODES] -1: missing
+    copies_ptr,  # *int32 [shapes, NODES] copied tokens that a path begins with, if WIDTH
+    parents_ptr,  # *int32 [shapes, NODES] row of each node's parent, if WIDTH
+    which_ptr,  # *int32 [n] shape of each request, if WIDTH
+    copied_ptr,  # *int32 [n, WIDTH] tokens to copy, -1: none
+    slots_ptr,  # *int32 or *int64 [n] slot of each request, if WIDTH
+    trees_ptr,  # out: *int32 [slots, NODES] parents of the slot's tree, if WIDTH
     vocab,
+    trees_stride,
     K: tl.constexpr,
+    WIDTH: tl.constexpr,  # tokens that can be copied; 0: there is one shape, and nothing is copied
     NODES: tl.constexpr,
     LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,  # power of two, at least NODES
@@ -167,16 +199,35 @@ def recycle_draft_kernel(  # type: ignore[no-untyped-def]
     """Grid: (n,). Each node of the request's tree follows its own path from the root, a level at a time."""
     request = tl.program_id(0).to(tl.int64)  # 64 bits: products with NODES may pass 2^31
     node = tl.arange(0, BLOCK)
+    inside = node < NODES
     token = tl.load(last_tokens_ptr + request) + tl.zeros_like(node)
-    rank = tl.load(ranks_ptr + node, mask=node < NODES, other=-1)
+    if WIDTH:
+        shape = tl.load(which_ptr + request)
+        ranks_ptr += shape * LEVELS * NODES
+        copies = tl.load(copies_ptr + shape * NODES + node, mask=inside, other=0)
+        copied = tl.load(copied_ptr + request * WIDTH + copies - 1, mask=(copies > 0) & (copies <= WIDTH), other=-1)
+        token = tl.where(copies > 0, copied, token)
+        parent = tl.load(parents_ptr + shape * NODES + node, mask=inside, other=0)
+        tree = tl.load(slots_ptr + request).to(tl.int64) * trees_stride
+        tl.store(trees_ptr + tree + node, parent, mask=inside)
+    rank = tl.load(ranks_ptr + node, mask=inside, other=-1)
+    if WIDTH:
+        # The next copied token is a node of its own: ranks from its place on are one higher.
+        skipped = tl.load(copied_ptr + request * WIDTH + copies, mask=copies < WIDTH, other=-1)
+        known = (token >= 0) & (token < vocab) & (skipped >= 0)
+        found = tl.zeros_like(rank)
+        for other in tl.static_range(K):
+            guess = tl.load(matrix_ptr + token.to(tl.int64) * K + other, mask=known & (rank >= other), other=-1)
+            found = tl.where((guess == skipped) & (guess >= 0), 1, found)
+        rank = tl.where(rank >= 0, rank + found, rank)
     for level in range(1, LEVELS + 1):
         # Asked for before the gather, so that both waits are one.
-        below = tl.load(ranks_ptr + level * NODES + node, mask=(node < NODES) & (level < LEVELS), other=-1)
-        known = (token >= 0) & (token < vocab)
+        below = tl.load(ranks_ptr + level * NODES + node, mask=inside & (level < LEVELS), other=-1)
+        known = (token >= 0) & (token < vocab) & (rank < K)
         guess = tl.load(matrix_ptr + token.to(tl.int64) * K + rank, mask=known & (rank >= 0), other=-1)
         token = tl.where(rank >= 0, tl.maximum(guess, -1), token)
         rank = below
-    tl.store(tokens_ptr + request * NODES + node, token, mask=node < NODES)
+    tl.store(tokens_ptr + request * NODES + node, token, mask=inside)
 
 
 def recycle_draft(
@@ -205,12 +256,76 @@ def recycle_draft(
         raise ValueError(f"matrix must have at least {template.width} columns for this template, got {k}")
     if not count:
         return
+    ranks = template.ranks
+    _draft(matrix, last_tokens, ranks, tokens, ranks, ranks, ranks, ranks, ranks, ranks, width=0)
+
+
+def shaped_draft(
+    matrix: torch.Tensor,
+    last_tokens: torch.Tensor,
+    copied: torch.Tensor,
+    shapes: RecycleShapes,
+    which: torch.Tensor,
+    tokens: torch.Tensor,
+    slots: torch.Tensor,
+    trees: torch.Tensor,
+) -> None:
+    """Draft a tree of copied tokens and guesses for each request; see `shaped_draft_reference`.
+
+    Args:
+        matrix: ``int32[vocab, k]``; without rows nothing is guessed.
+        last_tokens: ``int32[n]`` token of each root; -1: no tree.
+        copied: ``int32[n, d]`` as `suffix_match` gives them, d at least 1.
+        shapes: of N nodes.
+        which: ``int32[n]`` shape of each request; must be one that there is, which is not checked.
+        tokens: ``int32[n, N]``, filled; -1 where a node is missing.
+        slots: ``int32[n]`` or ``int64[n]`` rows of ``trees``, which is not checked.
+        trees: ``int32[slots, N]``, row ``slots[i]`` filled: parents of request i's nodes, as `tree_rows` takes them.
+
+    Raises:
+        ValueError: a dtype, shape, device or stride is wrong.
+    """
+    device = matrix.device
+    check("matrix", matrix, torch.int32, (None, None))
+    check("last_tokens", last_tokens, torch.int32, (None,), device)
+    count = len(last_tokens)
+    number, levels, nodes = shapes.ranks.shape
+    check("shapes.ranks", shapes.ranks, torch.int32, (number, levels, nodes), device)
+    check("copied", copied, torch.int32, (count, None), device)
+    if not copied.shape[1]:
+        raise ValueError("copied must have at least one column, got 0")
+    check("which", which, torch.int32, (count,), device)
+    check("tokens", tokens, torch.int32, (count, nodes), device)
+    check("slots", slots, (torch.int32, torch.int64), (count,), device)
+    check("trees", trees, torch.int32, (None, nodes), device)
+    if not count:
+        return
+    _draft(
+        matrix,
+        last_tokens,
+        shapes.ranks,
+        tokens,
+        *(shapes.copies, shapes.parents, which, copied, slots, trees),
+        width=copied.shape[1],
+    )
+
+
+def _draft(
+    matrix: torch.Tensor,
+    last_tokens: torch.Tensor,
+    ranks: torch.Tensor,
+    tokens: torch.Tensor,
+    *shaped: torch.Tensor,
+    width: int,
+) -> None:
+    nodes = tokens.shape[1]
     block = triton.next_power_of_2(nodes)
-    recycle_draft_kernel[(count,)](
-        *(matrix, last_tokens, template.ranks, tokens, vocab),
-        K=k,
+    recycle_draft_kernel[(len(last_tokens),)](
+        *(matrix, last_tokens, ranks, tokens, *shaped, len(matrix), nodes),
+        K=matrix.shape[1],
+        WIDTH=width,
         NODES=nodes,
-        LEVELS=levels,
+        LEVELS=ranks.shape[-2],
         BLOCK=block,
         num_warps=min(max(1, block // 32), 8),  # a node per thread: the gathers of a level wait together
     )

@@ -2,7 +2,8 @@
 
 Of a history's suffixes of ``shortest`` to ``longest`` tokens the longest that occurs earlier is taken, and of its
 occurrences the *latest*, for what was written last resembles best what comes next. An occurrence may overlap the
-suffix, but a token must follow it in the history. What follows it, as far as the history goes, is the draft.
+suffix, but a token must follow it in the history. What follows it is the draft. Where the history ends it goes on with
+the draft itself: a match some tokens back says that the text repeats itself with that period.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def suffix_match_reference(
         drafts: most tokens to copy.
 
     Returns:
-        ``int32[n, drafts]`` the drafts, then -1, and ``int32[n]`` the matches' lengths, 0 where nothing matched.
+        ``int32[n, drafts]`` the drafts, -1 where nothing matched, and ``int32[n]`` the matches' lengths, 0 there.
     """
     found = np.full((len(tokens), drafts), -1, np.int32)
     matched = np.zeros(len(tokens), np.int32)
@@ -35,8 +36,10 @@ def suffix_match_reference(
             suffix = history[-size:]
             ends = [end for end in range(size, len(history)) if history[end - size : end] == suffix]
             if ends:
-                copied = history[ends[-1] : ends[-1] + drafts]
-                found[i, : len(copied)] = copied
+                text = history + [0] * drafts
+                for k in range(len(history), len(text)):
+                    text[k] = text[k - (len(history) - ends[-1])]
+                found[i] = text[ends[-1] : ends[-1] + drafts]
                 matched[i] = size
                 break
     return found, matched

@@ -84,8 +84,10 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
     matched = (key >> 32).to(tl.int32)
     first = (key & 0xFFFFFFFF).to(tl.int32) + 1
     place = tl.arange(0, BLOCK)
-    copied = first + place < tl.where(matched > 0, length, 0)
-    tokens = tl.load(tokens_ptr + slot * tokens_stride + first + place, mask=copied, other=-1)
+    # Behind the history's end the copy is what was copied before: the text repeats itself with this period.
+    source = first + place % tl.maximum(length - first, 1)
+    copied = place < tl.where(matched > 0, width, 0)
+    tokens = tl.load(tokens_ptr + slot * tokens_stride + source, mask=copied, other=-1)
     tl.store(drafts_ptr + request * width + place, tokens, mask=place < width)
     tl.store(matched_ptr + request, matched)
     tl.store(best_ptr + request, tl.zeros([], tl.int64))
@@ -117,7 +119,7 @@ def suffix_match(
     Args:
         tokens: ``int32[slots, max_len]`` histories, each row contiguous; what is behind a length is never read.
         lengths: ``int32[slots]`` tokens of each history; more than ``max_len`` is cut off; 0 or less: no request.
-        drafts: ``int32[n, d]``, written: the tokens copied, then -1.
+        drafts: ``int32[n, d]``, written: the tokens copied; -1 where nothing matched.
         matched: ``int32[n]``, written: the match's length, 0 where nothing matched.
         workspace: for at least as many requests.
         shortest, longest: tokens of a match, ``1 <= shortest <= longest <= MOST_LONGEST``.

@@ -1,8 +1,9 @@
-"""Chains drafted on the device, without a word to the host: for engines that schedule a step before the last one ended.
+"""Draft trees grown on the device, without a word to the host: for engines that schedule a step before the last ended.
 
-What follows the longest suffix that occurred before in the request's own text (arXiv 2304.04487); where there is none,
-what the target ranked highest after each token when it last saw it (the first column of Token Recycling's matrix,
-arXiv 2408.08696). Nothing here waits for the device.
+Two sources: what followed the longest suffix that occurred before in the request's own text (arXiv 2304.04487), and
+what the target ranked highest after each token when it last saw it (Token Recycling's matrix, arXiv 2408.08696). The
+tree that both make has one of a few shapes (:mod:`.device_shapes`), by how long the match is. Nothing here waits for
+the device.
 """
 
 from __future__ import annotations
@@ -11,29 +12,39 @@ from typing import Any
 
 import torch
 from vllm_specplug.kernels import suffix_match_triton
-from vllm_specplug.kernels.recycling_matrix_triton import RecycleClaims, RecycleTemplate, recycle_draft, recycle_update
+from vllm_specplug.kernels.recycling_matrix_triton import RecycleClaims, RecycleShapes, recycle_update, shaped_draft
 from vllm_specplug.kernels.suffix_match_triton import suffix_match
 
-# Tokens of a match. One token says little where there is no second guess to choose instead; longer matches than this
-# are rarely told apart by what follows.
-SHORTEST, LONGEST = 2, 8
+from .device_shapes import shape
+
+# Tokens of a match, and guesses kept per token. Longer matches are rarely told apart by what follows them.
+SHORTEST, LONGEST, GUESSES = 1, 8, 8
 
 
 class DeviceDrafts:
     """Drafts of all requests of an engine; see the module.
 
     Attributes:
-        length: draft tokens per request.
+        length: draft nodes per request. Any first ones of them are a tree as well.
+        trees: ``int32[max_requests, length]`` parents of the draft of each slot, as `tree_rows` takes them.
         nbytes: memory held on the device.
     """
 
     def __init__(
-        self, max_requests: int, vocab: int, length: int, device: torch.device | str, match: bool, recycle: bool
+        self,
+        max_requests: int,
+        vocab: int,
+        length: int,
+        device: torch.device | str,
+        match: bool,
+        recycle: bool,
+        branching: bool = True,
     ) -> None:
         """
         Args:
             match: draft from the request's own text.
             recycle: draft from what the target ranked highest before.
+            branching: whether drafts may branch; else all are chains.
 
         Raises:
             ValueError: neither is wanted.
@@ -45,48 +56,57 @@ class DeviceDrafts:
         self._workspace = suffix_match_triton.Workspace(max_requests, device) if match else None
         self._matched = torch.zeros(max_requests, **on)
         self._copied = torch.full((max_requests, length), -1, **on)
-        self._matrix = torch.full((vocab if recycle else 0, 1), -1, **on)
+        self._matrix = torch.full((vocab if recycle else 0, GUESSES), -1, **on)
         self._claims = RecycleClaims(vocab, device) if recycle else None
-        self._chain = RecycleTemplate(range(-1, length - 1), [0] * length, device)
-        self._guessed = torch.full((max_requests, length), -1, **on)
+        # Without guesses there is nothing to branch to.
+        kinds = (False, True) if recycle and branching else (False, False)
+        self._shapes = RecycleShapes([shape(m, length, kind) for kind in kinds for m in range(LONGEST + 1)], device)
+        self._branching = torch.zeros(max_requests, **on)
+        self._tokens = torch.full((max_requests, length), -1, **on)
+        self.trees = torch.arange(length, **on).repeat(max_requests, 1)
 
     @property
     def nbytes(self) -> int:
-        held = [self._matched, self._copied, self._matrix, self._guessed]
+        held = [self._matched, self._copied, self._matrix, self._tokens, self.trees]
         return sum(tensor.nbytes for tensor in held) + 8 * len(self._matrix)
+
+    def add_request(self, slot: int, branching: bool) -> None:
+        """A request begins in a slot; ``branching``: whether its drafts may."""
+        self._branching[slot] = int(branching)
 
     def observe(self, tokens: torch.Tensor, logits: torch.Tensor) -> None:
         """Learn from the rows of a step, accepted or not.
 
         Args:
-            tokens: ``int[R]`` token that each row shows the target.
+            tokens: ``int[R]`` token that each row shows the target; negative: none.
             logits: ``[R, vocab]`` what the target said after it, before anything was done to it.
         """
         if self._claims is not None and len(tokens):
             # A row beyond the vocabulary (padding) is not kept.
-            recycle_update(self._matrix, tokens.int(), logits.argmax(-1, keepdim=True), self._claims)
+            best = logits.topk(min(GUESSES, logits.shape[1]), dim=-1).indices
+            if best.shape[1] < GUESSES:
+                best = torch.nn.functional.pad(best, (0, GUESSES - best.shape[1]), value=-1)
+            recycle_update(self._matrix, tokens.int(), best, self._claims)
 
     def propose(
-        self, histories: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, last: torch.Tensor
+        self, histories: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, last: torch.Tensor
     ) -> torch.Tensor:
-        """Draft for some requests.
+        """Draft for some requests. The shapes of their drafts are in :attr:`trees` from then on.
 
         Args:
-            histories: ``int32[slots, max_len]`` tokens of every request, the last emitted included.
-            lengths: ``int32[slots]`` how many there are.
-            rows: ``int[n]`` slots of the requests to draft for.
+            histories: ``int32[max_requests, max_len]`` tokens of every slot, the last emitted included.
+            lengths: ``int32[max_requests]`` how many there are.
+            slots: ``int[n]`` slots of the requests to draft for.
             last: ``int[n]`` their last tokens.
 
         Returns:
             ``int64[n, length]``; where nothing is known the last token again, which is as good as any other.
         """
-        count = len(rows)
-        drafts = torch.full_like(self._copied[:count], -1)
-        if self._claims is not None:
-            recycle_draft(self._matrix, last.int(), self._chain, self._guessed[:count])
-            drafts = self._guessed[:count]
+        count = len(slots)
+        roots = last.int()
+        copied, matched, tokens = self._copied[:count], self._matched[:count], self._tokens[:count]
         if self._workspace is not None:
-            copied, matched = self._copied[:count], self._matched[:count]
-            suffix_match(histories, lengths, copied, matched, self._workspace, SHORTEST, LONGEST, rows)
-            drafts = torch.where(matched[:, None] > 0, copied, drafts)
-        return torch.where(drafts >= 0, drafts, last.int()[:, None]).long()
+            suffix_match(histories, lengths, copied, matched, self._workspace, SHORTEST, LONGEST, slots)
+        which = matched + self._branching[slots] * (LONGEST + 1)
+        shaped_draft(self._matrix, roots, copied, self._shapes, which, tokens, slots, self.trees)
+        return torch.where(tokens >= 0, tokens, roots[:, None]).long()

@@ -50,23 +50,24 @@ def assert_same(tokens, lengths, shortest, longest, drafts, **more):
     ("history", "shortest", "longest", "wanted", "length"),
     [
         # The latest of two occurrences, and the longest suffix rather than the latest.
-        ([1, 2, 7, 1, 2, 8, 1, 2], 1, 4, [8, 1, 2, -1], 2),
+        ([1, 2, 7, 1, 2, 8, 1, 2], 1, 4, [8, 1, 2, 8], 2),
         ([3, 1, 2, 7, 9, 1, 2, 8, 3, 1, 2], 1, 4, [7, 9, 1, 2], 3),
         # At most `longest`: then the latest again.
         ([3, 1, 2, 7, 9, 1, 2, 8, 3, 1, 2], 1, 2, [8, 3, 1, 2], 2),
         # Nothing as long as `shortest`.
         ([1, 2, 7, 1, 2, 8, 1, 2], 3, 4, [-1] * 4, 0),
-        # The occurrence overlaps the suffix; what follows ends with the history.
-        ([4, 4, 4, 4], 1, 16, [4, -1, -1, -1], 3),
-        ([1, 2, 1, 2, 1, 2], 2, 3, [1, 2, -1, -1], 3),
+        # The occurrence overlaps the suffix; where the history ends, what follows goes round.
+        ([4, 4, 4, 4], 1, 16, [4, 4, 4, 4], 3),
+        ([1, 2, 1, 2, 1, 2], 2, 3, [1, 2, 1, 2], 3),
+        ([9, 5, 6, 7, 5, 6], 2, 3, [7, 5, 6, 7], 2),
         # The first token alone can be the match.
         ([6, 1, 2, 3, 6], 1, 3, [1, 2, 3, 6], 1),
-        ([6, 6], 1, 3, [6, -1, -1, -1], 1),
+        ([6, 6], 1, 3, [6] * 4, 1),
         ([6, 6], 2, 3, [-1] * 4, 0),
         ([6], 1, 3, [-1] * 4, 0),
         ([], 1, 3, [-1] * 4, 0),
         # Token 0 and placeholders of -1 are tokens as others.
-        ([0, -1, 9, 0, -1], 1, 3, [9, 0, -1, -1], 2),
+        ([0, -1, 9, 0, -1], 1, 3, [9, 0, -1, 9], 2),
     ],
 )
 def test_examples(history, shortest, longest, wanted, length):

@@ -217,6 +217,49 @@ DEVICE_SYMBOLS = tuple(
     )
 )
 
+#: For draft trees there; without them drafts are chains.
+DEVICE_TREE_SYMBOLS = tuple(
+    Symbol(module, name, needs, "draft trees on the device", required=False)
+    for module, name, needs in (
+        (f"{_V2}.model_runner", "GPUModelRunner.load_model", ()),
+        (f"{_V2}.model_runner", "GPUModelRunner.initialize_kv_cache", ("kv_cache_config", "is_profiling")),
+        (f"{_V2}.model_runner", "GPUModelRunner.prepare_attn", ("input_batch",)),
+        (f"{_V2}.sample.sampler", "Sampler.add_request", ("req_idx", "sampling_params")),
+        (
+            f"{_V2}.sample.sampler",
+            "Sampler.sample",
+            (
+                *("logits", "expanded_idx_mapping", "idx_mapping", "idx_mapping_np", "pos", "input_ids"),
+                *("expanded_local_pos", "seq_lens_upper_bound_np", "return_logprobs"),
+            ),
+        ),
+        (f"{_V2}.sample.output", "SamplerOutput", ("sampled_token_ids", "num_sampled", "num_rejected", "num_nans")),
+        (f"{_V2}.sample.states", "NO_LOGPROBS", ()),
+        (f"{_V2}.metrics.logits", "get_num_nans", ()),
+        (
+            f"{_V2}.input_batch",
+            "get_num_sampled_and_rejected",
+            ("num_sampled", "seq_lens", "cu_num_logits", "idx_mapping", "prefill_len"),
+        ),
+        (
+            f"{_V2}.input_batch",
+            "InputBatch",
+            (
+                *("num_draft_tokens", "num_tokens_after_padding", "query_start_loc", "seq_lens", "positions"),
+                *("cu_num_logits", "cu_num_logits_np", "expanded_idx_mapping", "expanded_local_pos"),
+            ),
+        ),
+        (f"{_V2}.block_table", "BlockTables.gather_block_tables", ()),
+        (f"{_V2}.spec_decode.rejection_sampler", "get_max_chunk_logits", ("vocab_size",)),
+        (f"{_V2}.spec_decode.rejection_sampler", "_iter_request_chunks", ("cu_num_logits", "max_chunk_logits")),
+        (
+            f"{_V2}.spec_decode.rejection_sampler",
+            "RejectionSampler._get_logprobs_tensors",
+            ("sampled", "num_sampled", "logits", "cu_num_logits", "cu_num_logits_np", "max_num_logprobs"),
+        ),
+    )
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Probe:
@@ -271,6 +314,11 @@ def missing_for_gpu_trees() -> list[str]:
 def missing_for_device_drafts() -> list[str]:
     """The same for drafting on the device."""
     return [p.name for p in map(probe_symbol, DEVICE_SYMBOLS) if not p.found]
+
+
+def missing_for_device_trees() -> list[str]:
+    """The same for draft trees there."""
+    return [p.name for p in map(probe_symbol, GPU_SYMBOLS + DEVICE_TREE_SYMBOLS) if not p.found]
 
 
 def vllm_version() -> str | None:
