@@ -3,8 +3,8 @@
 Row t of the matrix ``int32[vocab, k]`` holds what the target ranked highest after token t when it last saw it, best
 first; -1: nothing known. A draft tree has a fixed shape, its template: a node that is child j of a node with token t
 holds ``matrix[t, j]``. Where text can be copied as well (see `suffix_match`), its tokens are nodes one below the other,
-and guesses hang on them: a `Node`. The functions here are the definitions that the compiled kernels are tested against. The top-k
-of the target's logits, which the update takes, is not among them: ``torch.topk`` gives it.
+and guesses hang on them: a `Node`. The functions here are the definitions that the compiled kernels are tested against.
+The top-k of the target's logits, which the update takes, is not among them: ``torch.topk`` gives it.
 """
 
 from __future__ import annotations

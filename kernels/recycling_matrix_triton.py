@@ -246,7 +246,7 @@ def recycle_draft(
     """
     device = matrix.device
     check("matrix", matrix, torch.int32, (None, None))
-    vocab, k = matrix.shape
+    k = matrix.shape[1]
     check("last_tokens", last_tokens, torch.int32, (None,), device)
     count = len(last_tokens)
     levels, nodes = template.ranks.shape

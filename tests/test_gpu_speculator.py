@@ -45,6 +45,7 @@ def config(model="vllm_specplug.Auto", method="ngram_gpu", ranks=1):
         parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
         model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB),
+        additional_config={},
     )
 
 

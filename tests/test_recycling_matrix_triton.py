@@ -7,13 +7,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_specplug.kernels.recycling_matrix import check_template, recycle_draft_reference, recycle_update_reference
+from vllm_specplug.kernels.recycling_matrix import (
+    Node,
+    check_template,
+    recycle_draft_reference,
+    recycle_update_reference,
+    shape_parents,
+    shaped_draft_reference,
+)
 from vllm_specplug.kernels.recycling_matrix_triton import (
     RecycleClaims,
+    RecycleShapes,
     RecycleTemplate,
     draft_work,
     recycle_draft,
     recycle_update,
+    shaped_draft,
     update_work,
 )
 
@@ -288,6 +297,127 @@ def test_bad_drafts_are_refused(change, message):
 def test_the_definition_refuses_ranks_that_the_matrix_has_not():
     with pytest.raises(ValueError, match="rank 2, the matrix only 2"):
         recycle_draft_reference(int32([[0, 0]]), int32([0]), [-1], [2])
+
+
+def random_shape(rng: np.random.Generator, nodes: int, k: int) -> list[Node]:
+    """Copied tokens and guesses in any order that is a tree's; some ranks are beyond what a matrix has."""
+    found = [Node(0, ())]
+    while len(found) <= nodes:
+        copies, ranks = found[int(rng.integers(0, len(found)))]
+        copied = not ranks and rng.random() < 0.4
+        node = Node(copies + 1, ()) if copied else Node(copies, (*ranks, int(rng.integers(0, k + 1))))
+        if node not in found:
+            found.append(node)
+    return found[1:]
+
+
+def assert_shaped(matrix, roots, copied, shapes, which, slots, dtype=torch.int64) -> torch.Tensor:
+    """The kernel's tokens are the definition's; every request's parents are in its slot, nothing else is written."""
+    nodes, count = len(shapes[0]), len(roots)
+    tokens, trees = int32(np.full((count + 1, nodes), POISON)), int32(np.full((9, nodes), POISON))
+    on_device = (int32(which), tokens[:-1], torch.tensor(slots, dtype=dtype, device=DEVICE), trees)
+    shaped_draft(matrix, int32(roots), copied, RecycleShapes(shapes, DEVICE), *on_device)
+    wanted = shaped_draft_reference(matrix, int32(roots), copied, [shapes[w] for w in which])
+    assert torch.equal(tokens[:-1], wanted) and (tokens[-1] == POISON).all()
+    others = set(range(9)) - set(slots)
+    assert all((trees[slot] == POISON).all() for slot in others)
+    assert [trees[slot].tolist() for slot in slots] == [shape_parents(shapes[w]) for w in which]
+    return tokens[:-1]
+
+
+def test_a_shaped_draft_by_hand():
+    """Guesses beside a copied token are those other than it, and hang on copied tokens too."""
+    matrix = int32([[1, 2, 3], [2, 0, 3], [3, 1, 0], [0, 1, 2]])
+    shape = [Node(1, ()), Node(0, (0,)), Node(0, (1,)), Node(2, ()), Node(1, (0,)), Node(0, (1, 0)), Node(0, (2,))]
+    assert shape_parents(shape) == [0, 0, 0, 1, 1, 3, 0]
+    copied = int32([[2, 1], [-1, -1], [2, -1]])
+    found = assert_shaped(matrix, [0, 0, 0], copied, [shape], [0, 0, 0], [4, 0, 8], torch.int32)
+    assert found[0].tolist() == [2, 1, 3, 1, 3, 0, -1], "0 is followed by 1 and 3 beside the 2 that is copied"
+    assert found[1].tolist() == [-1, 1, 2, -1, -1, 3, 3], "nothing is copied"
+    assert found[2].tolist() == [2, 1, 3, -1, 3, 0, -1]
+
+
+def test_a_guess_may_be_the_copied_tokens_place():
+    """The copied token is last, first, or not among the guesses."""
+    matrix, shape = int32([[1, 2, 3], [0, 0, 0], [0, 0, 0], [0, 0, 0]]), [Node(0, (0,)), Node(0, (1,)), Node(0, (2,))]
+    for token, wanted in ((3, [1, 2, -1]), (1, [2, 3, -1]), (0, [1, 2, 3])):
+        assert assert_shaped(matrix, [0], int32([[token]]), [shape], [0], [1]).tolist() == [wanted]
+
+
+@pytest.mark.parametrize("count", [1, 64])
+@pytest.mark.parametrize("nodes", [1, 15, 31, 64, 128])
+def test_shapes_of_any_size(nodes, count):
+    rng = np.random.default_rng(nodes)
+    shapes = [random_shape(rng, nodes, 8) for _ in range(4)]
+    matrix, copied = random_matrix(rng, 60, 8), int32(rng.integers(-1, 60, (count, nodes)))
+    roots, which = rng.integers(-1, 61, count).tolist(), rng.integers(0, 4, count).tolist()
+    tokens, trees = int32(np.full((count, nodes), POISON)), int32(np.full((count, nodes), POISON))
+    slots = torch.arange(count, device=DEVICE).flip(0)
+    shaped_draft(matrix, int32(roots), copied, RecycleShapes(shapes, DEVICE), int32(which), tokens, slots, trees)
+    assert torch.equal(tokens, shaped_draft_reference(matrix, int32(roots), copied, [shapes[w] for w in which]))
+    assert trees.flip(0).tolist() == [shape_parents(shapes[w]) for w in which]
+
+
+def test_without_a_matrix_tokens_are_copied():
+    shape = [Node(1, ()), Node(2, ()), Node(3, ())]
+    matrix = torch.zeros(0, 8, dtype=torch.int32, device=DEVICE)
+    assert assert_shaped(matrix, [5], int32([[7, 9]]), [shape], [0], [2]).tolist() == [[7, 9, -1]]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 5), nodes=st.integers(1, 40), k=st.integers(1, 9))
+def test_fuzz_of_shapes(seed, count, nodes, k):
+    rng = np.random.default_rng(seed)
+    vocab, width = int(rng.integers(1, 12)), int(rng.integers(1, 12))
+    shapes = [random_shape(rng, nodes, k) for _ in range(3)]
+    copied = int32(rng.integers(-1, vocab + 1, (count, width)))
+    roots, which = rng.integers(-1, vocab + 1, count).tolist(), rng.integers(0, 3, count).tolist()
+    assert_shaped(random_matrix(rng, vocab, k), roots, copied, shapes, which, rng.permutation(9)[:count].tolist())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([], "same number of nodes"),
+        ([[Node(1, ())], [Node(1, ()), Node(2, ())]], "same number of nodes"),
+        ([[]], "at least one node"),
+        ([[Node(0, ())]], "node 0: .* is the root"),
+        ([[Node(1, ()), Node(1, ())]], "node 1: .* there already"),
+        ([[Node(2, ())]], "node 0: .* before its parent Node"),
+        ([[Node(0, (0, 0))]], "node 0: .* before its parent"),
+        ([[Node(0, (-1,))]], "node 0: .* negative"),
+    ],
+)
+def test_what_is_no_shape_is_refused(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        RecycleShapes(shapes, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"matrix": torch.zeros(4, 2)}, "matrix must be torch.int32"),
+        ({"copied": torch.zeros(3, 0, dtype=torch.int32)}, "copied must have at least one column"),
+        ({"copied": torch.zeros(2, 2, dtype=torch.int32)}, r"copied must be \[3, any\]"),
+        ({"which": torch.zeros(3, dtype=torch.int64)}, "which must be torch.int32"),
+        ({"tokens": torch.zeros(3, 3, dtype=torch.int32)}, r"tokens must be \[3, 2\]"),
+        ({"slots": torch.zeros(2, dtype=torch.int64)}, r"slots must be \[3\]"),
+        ({"trees": torch.zeros(8, 3, dtype=torch.int32)}, r"trees must be \[any, 2\]"),
+    ],
+)
+def test_bad_shaped_drafts_are_refused(change, message):
+    good = {
+        "matrix": torch.zeros(4, 2, dtype=torch.int32),
+        "last_tokens": torch.zeros(3, dtype=torch.int32),
+        "copied": torch.zeros(3, 2, dtype=torch.int32),
+        "which": torch.zeros(3, dtype=torch.int32),
+        "tokens": torch.zeros(3, 2, dtype=torch.int32),
+        "slots": torch.zeros(3, dtype=torch.int64),
+        "trees": torch.zeros(8, 2, dtype=torch.int32),
+    }
+    args = {name: tensor.to(DEVICE) for name, tensor in {**good, **change}.items()}
+    with pytest.raises(ValueError, match=message):
+        shaped_draft(**args, shapes=RecycleShapes([[Node(1, ()), Node(2, ())]], DEVICE))
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
