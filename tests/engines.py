@@ -20,23 +20,21 @@ RETRIEVAL = {"method": "custom_class", "model": "vllm_specplug.Retrieval", "num_
 AUTO = {"method": "custom_class", "model": "vllm_specplug.Auto", "num_speculative_tokens": 8}
 
 
-def make_tiny_llama(path: Path, vocab_size: int) -> Path:
-    """Save a random-weight Llama: 2 layers, 8 heads, 4 KV heads, head size 32. Its weights are drawn wide, so
-    that its distributions are peaked like a real model's and not near uniform."""
+def make_tiny_llama(path: Path, vocab_size: int, **sizes: int) -> Path:
+    """Save a random-weight Llama: 2 layers, 8 heads, 4 KV heads, head size 32, or as ``sizes`` (of its configuration)
+    say. Its weights are drawn wide, so that its distributions are peaked like a real model's and not near uniform."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    usual = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 1024,
+    }
+    config = LlamaConfig(vocab_size=vocab_size, bos_token_id=None, eos_token_id=None, **(usual | sizes))
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         model.lm_head.weight.normal_(0.0, 0.1)

@@ -38,7 +38,7 @@ def run(driver: str, *arguments: str, timeout: float = 600.0) -> Any:
     with os.fdopen(read) as answer:
         process = subprocess.Popen(
             [sys.executable, str(TESTS / f"{driver}.py"), *arguments],
-            env=environment | ENVIRONMENT | {"SPECPLUG_TEST_ANSWER": str(write)},
+            env=environment | ENVIRONMENT | {"INTERPRETED_ANSWER": str(write)},
             pass_fds=[write],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -58,7 +58,7 @@ def run(driver: str, *arguments: str, timeout: float = 600.0) -> Any:
 
 def report(found: Any) -> None:
     """Hand what a driver found to :func:`run`."""
-    with os.fdopen(int(os.environ["SPECPLUG_TEST_ANSWER"]), "w") as answer:
+    with os.fdopen(int(os.environ["INTERPRETED_ANSWER"]), "w") as answer:
         json.dump(found, answer)
 
 
@@ -77,6 +77,28 @@ def prepare() -> None:
     triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=Driver)
     # vLLM's kernel that writes K and V asks for it to choose the size of its tiles.
     torch.cuda.get_device_capability = lambda *device: (9, 0)
+    _hasten()
+
+
+def _hasten() -> None:
+    """Halve the interpreter's time: it looks through Triton's whole language at each call of a device function, and
+    checks each sum and product for overflow, which tests of the kernels alone do."""
+    import inspect
+
+    from triton.runtime import interpreter
+
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    members: dict[Any, list[tuple[str, Any]]] = {}
+
+    def patch(package: Any, builder: Any, scope: Any) -> None:
+        if package not in members:
+            every = inspect.getmembers(package)
+            members[package] = [(name, found) for name, found in every if interpreter.tl.core.is_builtin(found)]
+        for name, found in members[package]:
+            if getattr(package, name) is found:
+                interpreter._patch_attr(package, name, found, builder, scope)
+
+    interpreter._patch_builtin = patch
 
 
 def attend_with(path: str) -> None:
@@ -84,3 +106,28 @@ def attend_with(path: str) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CPU_ATTN, path)
+
+
+def gpu_trees() -> None:
+    """Let engines that draft attend trees as on a GPU, in vLLM's Triton backend under the V1 runner, where
+    ``gpu_trees`` is set; others attend with vLLM's kernel for CPUs."""
+    from vllm.v1.attention.backends import triton_attn
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_specplug.host import gpu_attention, trees
+
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    trees.kind_here = lambda gpu_trees: "gpu" if gpu_trees else "the option gpu_trees is not set"
+    # Programs run one after another here, and most splits of a short context have nothing to do.
+    gpu_attention._SPLITS = triton_attn.NUM_PAR_SOFTMAX_SEGMENTS = 2
+    install, uninstall = gpu_attention.install, gpu_attention.uninstall
+
+    def attend(*module: str) -> None:
+        attend_with(f"{gpu_attention.__name__}.TRITON_ATTN")
+        install(*module)
+
+    def leave() -> None:
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        uninstall()
+
+    gpu_attention.install, gpu_attention.uninstall = attend, leave

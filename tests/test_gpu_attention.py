@@ -232,6 +232,17 @@ def test_a_step_through_the_adapter(step, name, window, monkeypatch):
         assert torch.equal(layer.kv_cache, expected)
 
 
+def test_kernels_are_compiled_before_the_first_request(monkeypatch):
+    """One launch for each size of step and kind of layer: with a window the kernel is another one."""
+    windows = (-1, 11, 11)
+    layers = [SimpleNamespace(impl=impl_of("TRITON_ATTN", w), kv_cache=packed_cache(3)) for w in windows]
+    backend, seen = GpuTrees(MOST), []
+    assert backend.attach(runner_of(*layers)) == ""
+    monkeypatch.setattr(gpu_attention, "tree_attention", lambda plan, *args: seen.append((plan.splits, args[-2])))
+    backend.warm_up()
+    assert sorted(seen) == [(1, -1), (1, 11), (16, -1), (16, 11)]
+
+
 def test_without_prompts_vllms_kernel_does_not_run(step, monkeypatch):
     layer = SimpleNamespace(impl=impl_of("TRITON_ATTN"), kv_cache=packed_cache(25))
     runner = runner_of(layer)

@@ -264,12 +264,12 @@ class GpuTrees:
         """
         self.holder = StepHolder(most)
         self._movers: list[KVMover] = []
-        self._first_layers: list[Any] = []  # of each kind
+        self._first_layers: dict[tuple[Any, ...], Any] = {}  # of each kind
         self._plan: StepPlan | None = None
 
     def attach(self, runner: Any) -> str:
         """Prepare for the runner's KV cache, which has just been made."""
-        self._movers, self._first_layers = [], []
+        self._movers, self._first_layers = [], {}
         layers = runner.compilation_config.static_forward_context
         plans: dict[tuple[Any, ...], tuple[AttentionPlan, AttentionPlan]] = {}
         groups = list(runner._attn_group_iterator())
@@ -297,6 +297,8 @@ class GpuTrees:
         for layer in layers:
             impl = layer.impl
             key = (impl.num_heads, impl.num_kv_heads, impl.head_size, layer.kv_cache.dtype)
+            # With a window the kernel is another one.
+            self._first_layers.setdefault((*key, window_of(impl) > 0), layer)
             if key not in plans:
                 plans[key] = tuple(
                     AttentionPlan(
@@ -309,7 +311,7 @@ class GpuTrees:
     def warm_up(self) -> None:
         """Compile before the first request: one row of an empty cache, and no move."""
         words = self.holder.bits_of_chain.shape[1]
-        for layer in self._first_layers:
+        for layer in self._first_layers.values():
             impl, cache = layer.impl, layer.kv_cache
             on = {"device": cache.device, "dtype": torch.int32}
             query = torch.zeros(1, impl.num_heads, impl.head_size, device=cache.device, dtype=cache.dtype)

@@ -60,6 +60,21 @@ def rows_of(metadata: Any, requests: int) -> Int32Array:
     return sizes
 
 
+def kind_here(gpu_trees: bool) -> str:
+    """Whose attention backends take the trees here, ``cpu`` or ``gpu``; or why none does.
+
+    Args:
+        gpu_trees: the option of this name.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return "cpu"
+    if not current_platform.is_cuda():
+        return f"there is no tree attention for {current_platform.device_name} yet"
+    return "gpu" if gpu_trees else "the option gpu_trees is not set"
+
+
 @dataclass(slots=True)
 class TreeCounters:
     """Totals since the engine started."""
@@ -115,21 +130,15 @@ class TreeHost:
         return not self.reason
 
     def _install(self, vllm_config: Any) -> None:
-        from vllm.platforms import current_platform
-
-        cpu = current_platform.is_cpu()
-        if not cpu and not (self._gpu_trees and current_platform.is_cuda()):
-            self.reason = (
-                "the option gpu_trees is not set"
-                if current_platform.is_cuda()
-                else f"there is no tree attention for {current_platform.device_name} yet"
-            )
+        kind = kind_here(self._gpu_trees)
+        if kind not in ("cpu", "gpu"):
+            self.reason = kind
             return
-        missing = compat.missing_for_trees() if cpu else compat.missing_for_gpu_trees()
+        missing = compat.missing_for_trees() if kind == "cpu" else compat.missing_for_gpu_trees()
         if missing:
             self.reason = f"this vLLM lacks {', '.join(missing)}"
             return
-        if cpu:
+        if kind == "cpu":
             from vllm_specplug.host import cpu_attention
 
             self._module, self.backend = cpu_attention, cpu_attention.CpuTrees(self._sparse, self._attention)

@@ -1,0 +1,55 @@
+"""Draft trees on GPUs in a real engine in float32, in Triton's interpreter: the same tokens as without speculation in
+every odd situation, with trees that branch and rows that move. `gpu_trees_driver.py` is what runs."""
+
+from __future__ import annotations
+
+import interpreted
+import pytest
+
+pytest.importorskip("vllm")
+pytest.importorskip("triton")
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def scenarios():
+    return interpreted.run("gpu_trees_driver")
+
+
+def sound(found, moved):
+    """The facts of a scenario, which had trees that this plugin attended, and in which so many rows moved at least."""
+    assert found["found"] == found["want"]
+    assert (found["reason"], found["errors"], found["impl"]) == ("", 0, "TreeTritonAttentionImpl")
+    trees = found["trees"]
+    assert trees["tree_steps"] == sum(found["steps"].values()) > 0, "steps of trees that were not attended as such"
+    assert trees["rows_moved"] >= moved
+    assert trees["tree_nodes_verified"] > trees["tree_nodes_accepted"] > 0
+    return found
+
+
+def test_prompts_arrive_in_chunks_while_others_verify(scenarios):
+    found = sound(scenarios["mixed batches"], 30)
+    assert found["steps"]["beside prompts"] > 0 and found["steps"]["alone"] > 5
+
+
+def test_blocks_that_held_trees_are_reused(scenarios):
+    assert sound(scenarios["prefix hits"], 2)["hits"] >= 200
+
+
+def test_samples_are_those_without_speculation(scenarios):
+    found = sound(scenarios["sampled"], 8)
+    assert len({tuple(tokens) for tokens in found["found"]}) == 3
+
+
+def test_preemption(scenarios):
+    assert sound(scenarios["preemption"], 10)["preemptions"] > 0
+
+
+def test_a_sliding_window(scenarios):
+    assert sound(scenarios["window"], 10)["windows"] == [20, 20]
+
+
+@pytest.mark.parametrize("name", ["TokenRecycling", "Auto"])
+def test_proposers(scenarios, name):
+    sound(scenarios[name], 1)
