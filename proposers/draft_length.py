@@ -15,6 +15,7 @@ Nothing here reads a clock or draws random numbers: the same steps give the same
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -25,7 +26,7 @@ from .length_times import BINS_PER_OCTAVE, LengthTimes
 #: At most so many lengths: for each, vLLM captures CUDA graphs of its own.
 MOST_LENGTHS = 7
 # Decayed steps over which acceptance is averaged, and the most requests' drafts that count in them.
-WINDOW, MOST_DRAFTS = 200, 600.0
+WINDOW, MOST_DRAFTS = 300, 600.0
 # First guess of the tokens that one draft token adds, and how many drafts it, or an extrapolation, counts for.
 FIRST_GAIN, PRIOR_DRAFTS = 0.4, 3.0
 # What a longer draft says of a shorter one counts for this much of a draft of that length.
@@ -44,6 +45,8 @@ OPTIMISM = 1.5
 # Share of the time that probing may cost, the most saved up and owed, in steps; and what a new load is given at once,
 # so often at most: 1% more.
 PROBE_SHARE, MOST_SAVED, NEW_LOAD, NEW_LOAD_EVERY = 0.01, 8.0, 2.0, 200
+# At a load of so many steps, what is known hardly changes with one more: it is looked at every so often.
+SETTLED, LOOK_EVERY = 32, 4
 # Steps within which a probe's outcome is known; and a step longer than predicted by this factor is not its fault.
 PATIENCE, HICCUP = 8, 2.0
 
@@ -74,8 +77,8 @@ class Gains:
 
     A step tells the gain of its own length, and of shorter ones: a chain cut to k tokens would have emitted k at most.
     A draft tree cut to k nodes may be less deep than that, by a ratio which is learned where both are known. The gain
-    of a longer one is extrapolated, as if each token were accepted with the same probability, times by how much that was
-    wrong so far. All gains together never fall with the length, and rise ever more slowly.
+    of a longer one is extrapolated, as if each token were accepted with the same probability, times how much that was
+    off so far. A gain is never below that of a shorter length.
 
     Args:
         lengths: ascending, the first 0.
@@ -229,7 +232,7 @@ class DraftLength:
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        if not lengths or lengths[0] != 0 or any(a >= b for a, b in zip(lengths, lengths[1:], strict=False)):
+        if not lengths or lengths[0] != 0 or any(a >= b for a, b in itertools.pairwise(lengths)):
             raise ValueError(f"lengths must ascend from 0, got {list(lengths)}")
         self.lengths = list(lengths)
         self.times = LengthTimes(self.lengths)
@@ -237,6 +240,7 @@ class DraftLength:
         self._index = {length: j for j, length in enumerate(self.lengths)}
         self._account = _Account()
         self._best = 0
+        self._requests, self._alike = 0, 0  # of the last choice, and choices with as many in a row
         # The length probed; seconds predicted for it, and for a step of the best; tokens of the latter.
         self._probe: tuple[int, float, float, float] | None = None
         self._waited = 0
@@ -248,6 +252,11 @@ class DraftLength:
         """Draft tokens per request for the next step, of about so many requests."""
         self._totals["choices"] += 1
         self._account.step(self.times.bin_of(requests))
+        self._alike = self._alike + 1 if requests == self._requests else 0
+        self._requests = requests
+        if self._alike > SETTLED and self._alike % LOOK_EVERY:
+            self._waited += 1
+            return self.lengths[self._best]
         logs, spreads = self.times.predict(max(requests, 1))
         tokens, variances = self.gains.predict()
         rates = self._rates = [math.log(t) - s for t, s in zip(tokens, logs, strict=True)]

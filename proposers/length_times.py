@@ -31,8 +31,9 @@ _CLIP, _CHANGE = 0.15, 4
 _KNOWN, _FRESH, _AGING = 0.015, 0.06, 1e-5
 # Of one that is bridged, by bins from where its length was seen; at most, and beyond so many bins.
 _NEAR, _PER_BIN, _FAR, _REACH = 0.08, 0.06, 0.7, 6
-# Steps after which the model is asked again.
+# Steps after which the model is asked again; visits after which it hears of a pair's steps every so often only.
 _EPOCH = 32
+_HEARD, _EVERY = 64, 4
 
 
 class LengthTimes:
@@ -82,7 +83,6 @@ class LengthTimes:
         """
         if not 0.0 < seconds < math.inf:
             return
-        rows = requests * (1 + self.lengths[length])
         self._steps += 1
         spot = self.bin_of(requests)
         at, visits = self._log[spot], self._visits[spot][length]
@@ -106,7 +106,8 @@ class LengthTimes:
         self._visits[spot][length] = visits + 1
         self._last[spot][length] = self._steps
         self._newest = spot, length
-        self.model.observe(StepLoad(requests, rows, 0, 0), seconds)
+        if visits < _HEARD or visits % _EVERY == 0:
+            self.model.observe(StepLoad(requests, requests * (1 + self.lengths[length]), 0, 0), seconds)
 
     def predict(self, requests: int) -> tuple[list[float], list[float]]:
         """Of a step of these requests: the logarithm of its seconds for each length, and its standard deviation."""

@@ -11,7 +11,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_specplug import options, registry
-from vllm_specplug.host import compat, metrics, numba_guard, patching, sampling_params, sparse_calibration
+from vllm_specplug.host import (
+    compat,
+    device_lengths,
+    metrics,
+    numba_guard,
+    patching,
+    sampling_params,
+    sparse_calibration,
+)
 from vllm_specplug.trace import options as trace_options
 
 #: Older spellings of vLLM's own flags, still in many launch scripts: flag -> (current flag, destination, type).
@@ -198,7 +206,9 @@ def _prepare_device(method: str, user: registry.PluginOptions, entry: registry.E
 
     if not current_platform.is_cuda():
         raise options.OptionError(f"{_DEVICE} needs a CUDA GPU, this is {current_platform.device_name or 'a CPU'}.")
+    device_lengths.prepare(engine_args, user, entry)
     engine_args.worker_cls = DEVICE_WORKER
+    metrics.install_front(engine_args)
 
 
 def _prepare_sparse(user: registry.PluginOptions, entry: registry.Entry, engine_args: Any) -> None:

@@ -124,6 +124,7 @@ _FAMILIES = {
     "drafting_seconds": _Family("counter", "Time the proposer took on the engine's path, by phase."),
     "live_requests": _Family("gauge", "Requests that the proposer holds state of."),
     "budget_nodes": _Family("gauge", "Draft tokens kept for verification in the last step that drafted."),
+    "draft_length": _Family("gauge", "Draft tokens of each request, where one length is chosen for all."),
     "paused": _Family("gauge", "1 while drafting is paused."),
     "gain_ratio": _Family("gauge", "Expected speed over that of steps without drafts, drafting's own time left out."),
     "overhead_ratio": _Family("gauge", "Drafting's own time as a share of a step without drafts."),
@@ -179,6 +180,7 @@ _ARM_TOTALS = {
 _PROPOSER_TOTALS = {
     "paused_steps": "paused_steps",
     "budget_nodes": "budget_nodes",
+    "length": "draft_length",
     "paused": "paused",
     "expected_gain": "gain_ratio",
     "overhead_ratio": "overhead_ratio",
