@@ -20,7 +20,6 @@ from typing import Any
 
 from replay import write_rows
 from vllm_specplug.kernels.recycling_matrix import Node
-
 from vllm_specplug.proposers import device_shapes
 from vllm_specplug.proposers.device_drafts import GUESSES, LONGEST
 

@@ -120,6 +120,60 @@ def recycling_cases(bench: Bench) -> Iterator[Case]:
     yield Case(
         "recycle_draft", "64 trees of 80", "own", lambda: own.recycle_draft(matrix, last, template, grown), None, error
     )
+    yield shaped_case(bench, matrix, last)
+
+
+def shaped_case(bench: Bench, matrix: torch.Tensor, last: torch.Tensor) -> Case:
+    """64 trees of 16 nodes, copied tokens and guesses, as the device drafts them."""
+    from vllm_specplug.kernels import recycling_matrix as reference
+    from vllm_specplug.kernels import recycling_matrix_triton as own
+    from vllm_specplug.proposers.device_shapes import shape
+
+    nodes, kinds = 16, [shape(matched, 16) for matched in range(9)]
+    shapes = own.RecycleShapes(kinds, bench.device)
+    which = torch.arange(64, device=bench.device, dtype=torch.int32) % len(kinds)
+    copied = torch.randint(0, len(matrix), (64, nodes), device=bench.device, dtype=torch.int32)
+    copied[which == 0] = -1
+    tokens, trees = torch.empty(2, 64, nodes, device=bench.device, dtype=torch.int32)
+    slots = torch.arange(64, device=bench.device)
+
+    def error() -> float:
+        chosen = [kinds[w] for w in which.tolist()]
+        return unequal(
+            tokens, reference.shaped_draft_reference(matrix.cpu(), last.cpu(), copied.cpu(), chosen)
+        ) + unequal(trees, torch.tensor([reference.shape_parents(c) for c in chosen]))
+
+    return Case(
+        "shaped_draft", "64 trees of 16", "own",
+        lambda: own.shaped_draft(matrix, last, copied, shapes, which, tokens, slots, trees), None, error,
+    )  # fmt: skip
+
+
+def tree_rows_cases(bench: Bench) -> Iterator[Case]:
+    """64 requests whose trees are described for the step that verifies them."""
+    from vllm_specplug.kernels import tree_rows_triton as own
+    from vllm_specplug.kernels.tree_rows import tree_rows_reference
+
+    draw = np.random.default_rng(bench.seed)
+    for requests, rows in bench.shapes((3, 7), (64, 17), (64, 129)):
+        on = {"device": bench.device, "dtype": torch.int32}
+        drawn = [[int(draw.integers(0, m + 1)) for m in range(rows - 1)] for _ in range(requests)]
+        starts, total = torch.arange(requests + 1, **on) * rows, requests * rows
+        lengths, slots = torch.full((requests,), 1000, **on), torch.arange(requests, device=bench.device)
+        words = -(-rows // 32)
+        outputs = [torch.empty(total, **on), torch.empty(total, **on), torch.empty(total, words, **on)]
+        outputs.append(torch.empty(total, device=bench.device, dtype=torch.int64))
+        inputs = (starts, starts, lengths, slots, torch.tensor(drawn, **on))
+
+        def run(inputs: Any = inputs, outputs: Any = outputs, rows: int = rows) -> None:
+            own.tree_rows(*inputs, *outputs, rows)
+
+        def error(inputs: Any = inputs, outputs: Any = outputs, rows: int = rows) -> float:
+            wanted = [torch.empty_like(o, device="cpu") for o in outputs]
+            tree_rows_reference(*(i.cpu() for i in inputs), *wanted, rows)
+            return max(unequal(o, w) for o, w in zip(outputs, wanted, strict=True))
+
+        yield Case("tree_rows", f"{requests}x{rows}", "own", run, own.work(total, requests, words), error)
 
 
 def block_select_cases(bench: Bench) -> Iterator[Case]:
@@ -252,6 +306,7 @@ CASES: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "sparse_attention": sparse_attention_cases,
     "kv_move": kv_move_cases,
     "tree_walk": tree_walk_cases,
+    "tree_rows": tree_rows_cases,
     "recycling_matrix": recycling_cases,
     "block_select": block_select_cases,
     "suffix_match": suffix_match_cases,

@@ -79,8 +79,9 @@ def engine(proposer: str | None = "Auto", tokens: int = 4, **settings: Any) -> L
     Args:
         proposer: of this plugin's; None: no drafts.
         tokens: K.
-        settings: of ``vllm.LLM``; ``speculative_config`` is added to what the two before say.
+        settings: of ``vllm.LLM``; ``speculative_config`` is added to what the two before say; ``model``: not the tiny one.
     """
+    path = settings.pop("model", None) or model()
     speculative = settings.pop("speculative_config", {})
     if proposer is not None:
         ours = {"method": "ngram_gpu", "model": f"vllm_specplug.{proposer}", "num_speculative_tokens": tokens}
@@ -97,7 +98,7 @@ def engine(proposer: str | None = "Auto", tokens: int = 4, **settings: Any) -> L
         "seed": 0,
     }
     with _like_cuda():
-        llm = LLM(model=str(model()), speculative_config=speculative or None, **(defaults | settings))
+        llm = LLM(model=str(path), speculative_config=speculative or None, **(defaults | settings))
     _kept.append(llm)
     return llm
 

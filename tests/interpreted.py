@@ -77,6 +77,25 @@ def prepare() -> None:
     triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=Driver)
     # vLLM's kernel that writes K and V asks for it to choose the size of its tiles.
     torch.cuda.get_device_capability = lambda *device: (9, 0)
+    _take_scalar_masks()
+
+
+def _take_scalar_masks() -> None:
+    """Let masks be made of scalars too, as the compiler does; Triton 3.9's interpreter makes numbers of those."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def taking(original: Any, place: int) -> Any:
+        def call(self: Any, *arguments: Any) -> Any:
+            mask = arguments[place]
+            if mask.data.dtype != np.bool_:
+                mask = TensorHandle(mask.data.astype(np.bool_), mask.dtype)
+            return original(self, *arguments[:place], mask, *arguments[place + 1 :])
+
+        return call
+
+    for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
+        setattr(InterpreterBuilder, name, taking(getattr(InterpreterBuilder, name), place))
     _hasten()
 
 

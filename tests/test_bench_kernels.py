@@ -23,7 +23,8 @@ def test_every_case_is_right_in_the_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
     kernels = {line.split()[0] for line in done.stdout.splitlines()}
     assert kernels == {
-        *("tree_attention", "sparse_attention", "kv_move", "tree_walk", "recycle_update", "recycle_draft"),
+        *("tree_attention", "sparse_attention", "kv_move", "tree_walk", "tree_rows"),
+        *("recycle_update", "recycle_draft", "shaped_draft"),
         *("block_summary", "block_select", "suffix_match", "expert_vote", "ffn_union"),
     }
     assert "WRONG" not in done.stdout
