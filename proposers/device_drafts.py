@@ -56,10 +56,11 @@ class DeviceDrafts:
         self._workspace = suffix_match_triton.Workspace(max_requests, device) if match else None
         self._matched = torch.zeros(max_requests, **on)
         self._copied = torch.full((max_requests, length), -1, **on)
-        self._matrix = torch.full((vocab if recycle else 0, GUESSES), -1, **on)
-        self._claims = RecycleClaims(vocab, device) if recycle else None
-        # Without guesses there is nothing to branch to.
+        # Without guesses there is nothing to branch to, and a chain takes the best one only.
         kinds = (False, True) if recycle and branching else (False, False)
+        self._guesses = GUESSES if kinds[1] else 1
+        self._matrix = torch.full((vocab if recycle else 0, self._guesses), -1, **on)
+        self._claims = RecycleClaims(vocab, device) if recycle else None
         self._shapes = RecycleShapes([shape(m, length, kind) for kind in kinds for m in range(LONGEST + 1)], device)
         self._branching = torch.zeros(max_requests, **on)
         self._tokens = torch.full((max_requests, length), -1, **on)
@@ -83,9 +84,9 @@ class DeviceDrafts:
         """
         if self._claims is not None and len(tokens):
             # A row beyond the vocabulary (padding) is not kept.
-            best = logits.topk(min(GUESSES, logits.shape[1]), dim=-1).indices
-            if best.shape[1] < GUESSES:
-                best = torch.nn.functional.pad(best, (0, GUESSES - best.shape[1]), value=-1)
+            best = logits.topk(min(self._guesses, logits.shape[1]), dim=-1).indices
+            if best.shape[1] < self._guesses:
+                best = torch.nn.functional.pad(best, (0, self._guesses - best.shape[1]), value=-1)
             recycle_update(self._matrix, tokens.int(), best, self._claims)
 
     def propose(

@@ -59,7 +59,9 @@ def model(window: int | None = None) -> Path:
     return path
 
 
-def trees(nodes: int = NODES, window: int | None = None, budget: bool = False, **settings: Any) -> LLM:
+def trees(
+    nodes: int = NODES, window: int | None = None, budget: bool = False, proposer: str = "Auto", **settings: Any
+) -> LLM:
     """An engine that drafts trees on the device and attends them in vLLM's Triton backend.
 
     Args:
@@ -73,14 +75,23 @@ def trees(nodes: int = NODES, window: int | None = None, budget: bool = False, *
         "model": model(window),
     }
     try:
-        return device_engines.engine("Auto", nodes, **(usual | settings))
+        return device_engines.engine(proposer, nodes, **(usual | settings))
     finally:
         AttentionBackendEnum.CPU_ATTN.clear_override()
 
 
 def plain(window: int | None = None, **settings: Any) -> LLM:
-    """The same without speculation, in vLLM's own attention for CPUs."""
-    return device_engines.engine(None, **({"model": model(window)} | settings))
+    """One engine for each model without speculation, in vLLM's own attention for CPUs."""
+    settings = {"model": model(window), "skip_tokenizer_init": True} | settings
+    key = str(settings["model"])
+    if key not in _plain:
+        _plain[key] = device_engines.engine(
+            None, model=settings["model"], skip_tokenizer_init=settings["skip_tokenizer_init"]
+        )
+    return _plain[key]
+
+
+_plain: dict[str, LLM] = {}
 
 
 def generate(llm: LLM, requests: Requests) -> list[Any]:
@@ -134,7 +145,7 @@ def both(
     llm = trees(window=window, **settings)
     MOVED[0] = 0
     found = {"found": generate(llm, requests), **counts(llm)}
-    settings = {k: v for k, v in settings.items() if k not in ("budget", "block_size", "num_gpu_blocks_override")}
+    settings = {k: v for k, v in settings.items() if k in ("model", "skip_tokenizer_init")}
     return {"wanted": generate(plain(window, **settings), requests), **found}
 
 
@@ -178,7 +189,7 @@ def windowed() -> dict[str, Any]:
 
 def budget() -> dict[str, Any]:
     """Trees of changing sizes, which the clock decides; the tokens it does not."""
-    return both([(p, params(30)) for p in PROMPTS], budget=True)
+    return both([(p, params(30)) for p in PROMPTS], budget=True, proposer="TokenRecycling")
 
 
 def structured() -> dict[str, Any]:

@@ -111,6 +111,7 @@ def test_names_of_nodes():
 
 
 def test_memory_and_bad_arguments():
-    assert DeviceDrafts(8, VOCAB, 4, DEVICE, match=False, recycle=True).nbytes >= VOCAB * 12
+    trees, chains = (DeviceDrafts(8, VOCAB, 4, DEVICE, False, True, branching=kind).nbytes for kind in (True, False))
+    assert trees - chains == VOCAB * 4 * (GUESSES - 1) and chains >= VOCAB * 12
     with pytest.raises(ValueError, match="match or recycle"):
         DeviceDrafts(8, VOCAB, 4, DEVICE, match=False, recycle=False)
