@@ -64,9 +64,26 @@ class Selection:
     def units(self, context: int, block_size: int, share: float = 1.0) -> int:
         """Units to attend before the tail: of the budget times ``share`` (a head's, relative to the mean) what the tail
         leaves, at least the first ones."""
+        return int(self.counts(context, block_size, np.float64(share)))
+
+    def counts(self, context: int, block_size: int, shares: npt.NDArray[np.floating] | np.floating) -> Int32Array:
+        """The same for many ``shares``, of any shape: ``int32`` of that shape."""
         tail = self.tail_block(context, block_size) * block_size
-        wanted = int(self.budget(context) * share) - (context - tail)
-        return min(tail // self.unit, max(-(-wanted // self.unit), -(-self.first // self.unit)))
+        wanted = (self.budget(context) * shares).astype(np.int64) - (context - tail)
+        first = -(-self.first // self.unit)
+        return np.minimum(np.maximum(-(-wanted // self.unit), first), tail // self.unit).astype(np.int32)
+
+
+def attended_units(counts: Int32Array, units: Int32Array) -> Int32Array:
+    """``int32[L, n, kv_heads]``: of the ``units`` (``int32[n]``) before the tail those that are attended, by ``counts``
+    of that shape, where -1 stands for all."""
+    return np.where(counts < 0, units[None, :, None], counts)
+
+
+def attended_share(counts: Int32Array, units: Int32Array) -> float:
+    """Share of the units before the tails that are attended, over all layers, requests and KV heads."""
+    taken = attended_units(counts, units)
+    return float(taken.sum()) / max(float(units.sum()) * counts.shape[0] * counts.shape[2], 1.0)
 
 
 def summarise(keys: torch.Tensor, summary: str) -> torch.Tensor:

@@ -37,12 +37,13 @@ from vllm_specplug.kernels.attention_tiles import (
     TREES,
     UNIT,
 )
-from vllm_specplug.kernels.block_select import Selection, summarise
+from vllm_specplug.kernels.block_select import Selection, attended_share, attended_units, summarise
 from vllm_specplug.kernels.kv_cache_cpu import Caches, Int32Array
 from vllm_specplug.kernels.lanes import LANES
 from vllm_specplug.kernels.memory import kernel, load
 from vllm_specplug.kernels.products import multiply
 from vllm_specplug.kernels.tree_attention_cpu import _KINDS, PreparedStep
+from vllm_specplug.kernels.unit_book import UnitBook
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
@@ -51,28 +52,12 @@ Int64Array = npt.NDArray[np.int64]
 FIRST_CAPACITY = 64
 
 
-@dataclass(slots=True)
-class _Entry:
-    """Summaries of one request.
-
-    Attributes:
-        values: ``float32[L, kv_heads, parts, head_size, capacity]``; the parts as `block_select.summarise` orders them.
-        blocks: ``int32[n]`` the blocks that they were read from.
-        units: how many are filled.
-    """
-
-    values: Float32Array
-    blocks: Int32Array
-    units: int
-
-
 class UnitSummaries:
     """Summaries of the units of all live requests, for layers that share a layout and a block table.
 
     Attributes:
         selection: how units are chosen.
-        units_read: units summarised so far.
-        resets: times that a request's blocks were other ones than before.
+        book: which units of which request there are.
     """
 
     def __init__(self, caches: Caches, selection: Selection) -> None:
@@ -81,84 +66,70 @@ class UnitSummaries:
             ValueError: the unit does not divide the block size, or is no multiple of 16; layers differ in KV heads.
         """
         layout = caches.layout
-        if selection.unit % 16 or layout.block_size % selection.unit:
-            raise ValueError(
-                f"units of {selection.unit} tokens do not fit blocks of {layout.block_size}: wanted a multiple of 16 "
-                "that divides them"
-            )
+        self.book = UnitBook(selection.unit, layout.block_size)
         if len(set(caches.layers[:, 6].tolist())) != 1:
             raise ValueError("the layers have different numbers of KV heads")
         self.selection = selection
-        self.units_read = 0
-        self.resets = 0
         self._caches = caches
         self._parts = 1 if selection.summary == "mean" else 2
-        self._entries: dict[str, _Entry] = {}
+        # float32[L, kv_heads, parts, head_size, capacity] by request; parts as `block_select.summarise` orders them.
+        self._values: dict[str, Float32Array] = {}
         self._scratch = np.zeros(layout.head_size * (layout.block_size + LANES) + LANES, np.float32)
 
     @property
     def bytes(self) -> int:
         """Memory of all summaries."""
-        return sum(entry.values.nbytes for entry in self._entries.values())
+        return sum(values.nbytes for values in self._values.values())
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._values)
 
     def drop(self, requests: Iterable[str]) -> None:
         """Forget requests that ended or were preempted; unknown ones are ignored."""
         for request in requests:
-            self._entries.pop(request, None)
+            self.book.drop([request])
+            self._values.pop(request, None)
 
     def rewind(self, request: str, tokens: int) -> None:
         """The cache holds something else from token ``tokens`` of a request on: a rollback, or an exact refresh."""
-        if (entry := self._entries.get(request)) is not None:
-            entry.units = min(entry.units, tokens // self.selection.unit)
+        self.book.rewind(request, tokens)
 
-    def update(self, request: str, blocks: Int32Array, context: int) -> _Entry:
+    def update(self, request: str, blocks: Int32Array, context: int) -> Float32Array:
         """Summarise what is new.
 
         Args:
             blocks: ``int32[n]`` the request's row of the block table, at least up to its ``context``.
             context: tokens in the cache that are accepted.
+
+        Returns:
+            ``float32[L, kv_heads, parts, head_size, capacity]``; units from the tail on are undefined.
         """
         layout, unit = self._caches.layout, self.selection.unit
-        wanted = self.selection.tail_block(context, layout.block_size) * layout.block_size // unit
-        used = wanted * unit // layout.block_size
-        entry = self._entries.get(request)
-        if entry is not None:
-            same = min(used, len(entry.blocks))
-            differs = np.flatnonzero(entry.blocks[:same] != blocks[:same])
-            if len(differs):
-                self.resets += 1
-                entry.units = min(entry.units, int(differs[0]) * layout.block_size // unit)
-        capacity = FIRST_CAPACITY if entry is None else entry.values.shape[-1]
-        while capacity < wanted:
+        begin, end = self.book.update(request, blocks, self.selection, context)
+        kept = self._values.get(request)
+        capacity = FIRST_CAPACITY if kept is None else kept.shape[-1]
+        while capacity < end:
             capacity *= 2
-        if entry is None or capacity > entry.values.shape[-1]:
+        if kept is None or capacity > kept.shape[-1]:
             shape = (len(self._caches.layers), int(self._caches.layers[0, 6]), self._parts, layout.head_size, capacity)
-            values = np.zeros(shape, np.float32)
-            if entry is not None:
-                values[..., : entry.units] = entry.values[..., : entry.units]
-                entry.values = values
-            else:
-                entry = self._entries[request] = _Entry(values, blocks[:0], 0)
-        if wanted > entry.units:
-            self.units_read += wanted - entry.units
+            values = self._values[request] = np.zeros(shape, np.float32)
+            if kept is not None:
+                values[..., :begin] = kept[..., :begin]
+        values = self._values[request]
+        if end > begin:
             _summarise(
                 _KINDS[layout.dtype],
                 self._caches.layers,
                 np.array(layout.words, np.int64),
                 blocks,
-                entry.values,
-                entry.units,
-                wanted,
+                values,
+                begin,
+                end,
                 unit,
                 self.selection.summary == "halfway",
                 self._scratch,
             )
-        entry.units = wanted
-        entry.blocks = blocks[:used].copy()
-        return entry
+        return values
 
     def check(self, layers: range | None = None) -> None:
         """Recompute the summaries of some layers from the cache, or of all.
@@ -168,8 +139,8 @@ class UnitSummaries:
         """
         layout, unit = self._caches.layout, self.selection.unit
         offsets = torch.from_numpy(layout.keys.astype(np.int64))
-        for request, entry in self._entries.items():
-            slots = entry.units * unit
+        for request, entry in self.book.items():
+            slots, values = entry.units * unit, self._values[request]
             blocks = torch.from_numpy(entry.blocks[: -(-slots // layout.block_size)].astype(np.int64))
             for layer in range(len(self._caches.pairs)) if layers is None else layers:
                 if not entry.units:
@@ -178,7 +149,7 @@ class UnitSummaries:
                 keys = cache[blocks].reshape(len(blocks), cache.shape[1], -1)[:, :, offsets]
                 units = keys.transpose(0, 1).flatten(1, 2)[:, :slots].unflatten(1, (entry.units, unit))
                 found = summarise(units, self.selection.summary)
-                kept = torch.from_numpy(entry.values[layer, :, :, :, : entry.units]).permute(0, 3, 1, 2)
+                kept = torch.from_numpy(values[layer, :, :, :, : entry.units]).permute(0, 3, 1, 2)
                 wrong = ~torch.isclose(found, kept, atol=1e-5, rtol=1e-5).all(-1).all(-1).all(0)
                 if wrong.any():
                     at = int(wrong.int().argmax())
@@ -187,7 +158,7 @@ class UnitSummaries:
 
 @kernel
 def _summarise(kind, layers, words, blocks, values, begin, end, unit, halfway, scratch):  # type: ignore[no-untyped-def]
-    """Fill the units from ``begin`` to ``end`` of a request's summaries; see `_Entry` and `CacheLayout.words`."""
+    """Fill the units from ``begin`` to ``end`` of a request's summaries; ``words``: see `CacheLayout.words`."""
     head_size, block_size, element = words[0], words[1], words[2]
     in_place, key_table, key_run, stride = words[3], words[5], words[7], words[9]
     pitch = block_size * element if in_place else stride
@@ -237,7 +208,7 @@ class Choice:
     units: Int32Array
     dense: npt.NDArray[np.bool_]
     tails: Int32Array
-    entries: tuple[_Entry | None, ...]
+    entries: tuple[Float32Array | None, ...]
     places: Int64Array
     scratch: Float32Array
 
@@ -274,9 +245,7 @@ class Choice:
 
     def attended(self) -> float:
         """Share of the units before the tails that are attended, over all layers and KV heads."""
-        every = np.broadcast_to(self.units[None, :, None], self.counts.shape)
-        taken = np.where(self.counts < 0, every, self.counts)
-        return float(taken.sum()) / max(float(every.sum()), 1.0)
+        return attended_share(self.counts, self.units)
 
 
 def _nothing(address: int) -> None:
@@ -284,7 +253,7 @@ def _nothing(address: int) -> None:
 
 
 def prepare_choice(
-    step: PreparedStep, selection: Selection, entries: Sequence[_Entry | None], shares: Sequence[Float32Array]
+    step: PreparedStep, selection: Selection, entries: Sequence[Float32Array | None], shares: Sequence[Float32Array]
 ) -> Choice:
     """Prepare the choice of units for a step.
 
@@ -299,18 +268,15 @@ def prepare_choice(
     tails, units = np.zeros(trees, np.int32), np.zeros(trees, np.int32)
     counts = np.full((layers, trees, kv_heads), -1, np.int32)
     places = np.zeros((trees, 2), np.int64)
-    first = -(-selection.first // selection.unit)
-    for i, entry in enumerate(entries):
-        if entry is None:
+    for i, values in enumerate(entries):
+        if values is None:
             continue
         context = int(contexts[i])
         tails[i] = selection.tail_block(context, block_size)
         units[i] = int(tails[i]) * block_size // selection.unit
-        places[i] = entry.values.ctypes.data, entry.values.shape[-1]
-        budget = (selection.budget(context) * shares[i]).astype(np.int64) - (context - int(tails[i]) * block_size)
-        counts[:, i] = np.minimum(np.maximum(-(-budget // selection.unit), first), units[i])
-    every = np.where(counts < 0, units[None, :, None], counts) == units[None, :, None]
-    dense = every.all((1, 2))
+        places[i] = values.ctypes.data, values.shape[-1]
+        counts[:, i] = selection.counts(context, block_size, shares[i])
+    dense = (attended_units(counts, units) == units[:, None]).all((1, 2))
     most = int(units.max(initial=0))
     chosen = np.full((trees, kv_heads, 1 + most), -1, np.int32)
     parts = 1 if selection.summary == "mean" else 2

@@ -234,7 +234,7 @@ def test_a_request_can_be_exact_beside_sparse_ones(sparse, long_prompts, outputs
 
 
 def test_calibration_of_a_running_engine(sparse, long_prompts):
-    from vllm_specplug.host import sparse_calibration
+    from vllm_specplug.host import cpu_sparse, sparse_calibration
     from vllm_specplug.host.calibrate import observe
     from vllm_specplug.host.sparse_attention import SparseAttention
 
@@ -252,13 +252,14 @@ def test_calibration_of_a_running_engine(sparse, long_prompts):
     # And it is what SparseVerify reads.
     attention = SparseAttention(drafter.sparse.options, part)
     impls = {name: _Impl() for name in part["layers"]}
-    group = attention.add_group(impls, attention_of(sparse).groups[0].sums._caches)
+    caches = attention_of(sparse).groups[0].sums._caches
+    group = cpu_sparse.add_group(attention, impls, caches)
     for context in (700, 4096, 8000):
         shares = group.shares(context)
         assert shares.shape == (30, 3) and 0.5 < shares.mean() <= 1.0 + 1e-6
         assert shares.min() < 1.0 < shares.max()
     assert attention.reason == ""
-    assert attention.add_group({"other": _Impl()}, attention_of(sparse).groups[0].sums._caches) is None
+    assert cpu_sparse.add_group(attention, {"other": _Impl()}, caches) is None
     assert "does not know layer other" in attention.reason
     assert sparse_calibration.FORMAT == 1
 

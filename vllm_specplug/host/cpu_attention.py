@@ -21,8 +21,9 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from vllm_specplug.host import chain_attention, tree_plan
-from vllm_specplug.host.sparse_attention import GroupSparse, SparseAttention
+from vllm_specplug.host import chain_attention, cpu_sparse, tree_plan
+from vllm_specplug.host.cpu_sparse import CpuGroup
+from vllm_specplug.host.sparse_attention import SparseAttention
 from vllm_specplug.host.tree_plan import StepPlan
 from vllm_specplug.kernels import tree_attention_cpu as kernels
 from vllm_specplug.kernels.sparse_attention_cpu import Choice
@@ -58,7 +59,7 @@ class TreeMetadataBuilder(cpu_attn.CPUAttentionMetadataBuilder):
 
     holder: PlanHolder | None = None
     layout: Any = None
-    sparse: GroupSparse | None = None
+    sparse: CpuGroup | None = None
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """As vLLM's, for the rows that belong to no tree."""
@@ -104,7 +105,7 @@ class TreeAttentionImpl(cpu_attn.CPUAttentionBackendImpl):
     """Attends trees with this plugin's kernel and everything else with vLLM's.
 
     Attributes:
-        layer: place among the layers of its group, and whether it chooses what to attend; see :class:`GroupSparse`.
+        layer: place among the layers of its group, and whether it chooses what to attend; see :class:`CpuGroup`.
         observer: called after each layer of a step with trees, to calibrate; None: nobody.
     """
 
@@ -235,7 +236,7 @@ class CpuTrees:
         builder.holder = self.holder
         if self._sparse is not None:
             impls = {layer.layer_name: layer.impl for layer in layers}
-            builder.sparse = self._sparse.add_group(impls, caches)
+            builder.sparse = cpu_sparse.add_group(self._sparse, impls, caches)
         self._groups.append((builder, caches))
         self._first_layers.append(layers[0])
         return ""

@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_specplug.host import gpu_sparse
+from vllm_specplug.host.gpu_sparse import DeviceChoice, GpuGroup
+from vllm_specplug.host.sparse_attention import SparseAttention
 from vllm_specplug.host.tree_plan import StepPlan
 from vllm_specplug.kernels.kv_move_triton import KVMover, kv_move
 from vllm_specplug.kernels.tree_attention_triton import AttentionPlan, ancestor_bits, tree_attention
@@ -45,6 +48,7 @@ class DeviceStep:
         bits, depths: see `tree_attention`.
         table: ``int32[n, blocks]``.
         only_own: no row is left for vLLM's kernel.
+        choice: what requests attend of their contexts; None: everything.
     """
 
     starts: torch.Tensor
@@ -53,6 +57,7 @@ class DeviceStep:
     depths: torch.Tensor
     table: torch.Tensor
     only_own: bool
+    choice: DeviceChoice | None = None
 
 
 class StepHolder:
@@ -60,6 +65,7 @@ class StepHolder:
 
     Attributes:
         most: rows of a request that the kernel takes.
+        blocks: ``int32[requests, blocks]`` the runner's block table on the host.
         bits_of_chain: ``int32[most, words]`` what the rows of a chain see.
     """
 
@@ -67,6 +73,7 @@ class StepHolder:
         self.plan: StepPlan | None = None
         self.most = most
         self.table: torch.Tensor | None = None
+        self.blocks: np.ndarray | None = None
         # Row m of a chain sees rows 0 to m; its depth is m.
         self.bits_of_chain = ancestor_bits(torch.ones(most, most, dtype=torch.uint8).tril())
 
@@ -118,6 +125,7 @@ class TreeBuilderMixin:
     """Builds vLLM's metadata and adds the step's :class:`DeviceStep` where the engine's plan has trees."""
 
     holder: StepHolder | None = None
+    sparse: GpuGroup | None = None
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
@@ -148,6 +156,8 @@ class TreeBuilderMixin:
             table=common.block_table_tensor,
             only_own=only_own,
         )
+        if self.sparse is not None and self.holder.blocks is not None:
+            step.choice = self.sparse.prepare(plan, self.holder.blocks, step.starts, step.table[: len(step.lengths)])
         # vLLM's kernel has to run over all rows, for rows cannot be left out: it is told that these requests hold
         # nothing but the rows, and what it writes there is overwritten.
         common = copy.copy(common)
@@ -160,8 +170,13 @@ class TreeBuilderMixin:
 
 
 class TreeImplMixin:
-    """Attends trees, and the chains beside them, with this plugin's kernel and everything else with vLLM's."""
+    """Attends trees, and the chains beside them, with this plugin's kernel and everything else with vLLM's.
 
+    Attributes:
+        layer: place among the layers of its group, and whether it chooses what to attend; see :class:`GpuGroup`.
+    """
+
+    layer: tuple[int, bool] = (0, True)
     #: For steps of few rows, and of any number.
     attention_plans: tuple[AttentionPlan, AttentionPlan] | None = None
 
@@ -187,18 +202,23 @@ class TreeImplMixin:
             return output
         own: Any = self
         assert self.attention_plans is not None
-        keys, values = split_cache(kv_cache, own.head_size)
+        caches = split_cache(kv_cache, own.head_size)
         rows = len(step.bits)
+        plan, query, out = self.attention_plans[rows > _SPLIT_ROWS], query[:rows], output[:rows]
+        if step.choice is not None and (found := step.choice.layer(*self.layer, query, own.scale)) is not None:
+            step.choice.attend(found, plan, query, caches, step.lengths, step.bits, out, own.scale)
+            return output
+        keys, values = caches
         tree_attention(
-            self.attention_plans[rows > _SPLIT_ROWS],
-            query[:rows],
+            plan,
+            query,
             keys,
             values,
             step.table,
             step.starts,
             step.lengths,
             step.bits,
-            output[:rows],
+            out,
             own.scale,
             window_of(own),
             step.depths,
@@ -232,13 +252,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(name)
 
 
-def install() -> None:
-    """Let layers made from now on use the backends with trees; :func:`uninstall` them once the model is made."""
+def install(module: str = __name__) -> None:
+    """Let layers made from now on use the backends with trees that ``module`` has by their names; :func:`uninstall`
+    them once the model is made."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.attention.selector import _cached_get_attn_backend
 
     for name in STOCK:
-        register_backend(getattr(AttentionBackendEnum, name), f"{__name__}.{name}")
+        register_backend(getattr(AttentionBackendEnum, name), f"{module}.{name}")
     _cached_get_attn_backend.cache_clear()
 
 
@@ -257,19 +278,24 @@ class GpuTrees:
 
     long_from: int | None = None
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, sparse: SparseAttention | None = None) -> None:
         """
         Args:
             most: rows of a request to verify, its last token included.
+            sparse: chooses what requests attend of their contexts; None: they attend everything.
         """
         self.holder = StepHolder(most)
+        self._sparse = sparse
+        self._groups: list[tuple[GpuGroup, Any]] = []  # that attend sparsely, and a layer of each
         self._movers: list[KVMover] = []
         self._first_layers: dict[tuple[Any, ...], Any] = {}  # of each kind
         self._plan: StepPlan | None = None
 
     def attach(self, runner: Any) -> str:
         """Prepare for the runner's KV cache, which has just been made."""
-        self._movers, self._first_layers = [], {}
+        self._movers, self._first_layers, self._groups = [], {}, []
+        if self._sparse is not None:
+            self._sparse.begin_attach()
         layers = runner.compilation_config.static_forward_context
         plans: dict[tuple[Any, ...], tuple[AttentionPlan, AttentionPlan]] = {}
         groups = list(runner._attn_group_iterator())
@@ -286,9 +312,20 @@ class GpuTrees:
                 self._attach(runner, found, plans)
             except ValueError as error:
                 return str(error)
+            sparse = self._attach_sparse(runner, found)
             for builder in group.metadata_builders:
-                builder.holder = self.holder
+                builder.holder, builder.sparse = self.holder, sparse
         return ""
+
+    def _attach_sparse(self, runner: Any, layers: list[Any]) -> GpuGroup | None:
+        if self._sparse is None:
+            return None
+        impls = {layer.layer_name: layer.impl for layer in layers}
+        keys = [split_cache(layer.kv_cache, layer.impl.head_size)[0] for layer in layers]
+        group = gpu_sparse.add_group(self._sparse, impls, keys, runner.max_num_reqs, runner.max_model_len)
+        if group is not None:
+            self._groups.append((group, layers[0]))
+        return group
 
     def _attach(self, runner: Any, layers: list[Any], plans: dict[tuple[Any, ...], Any]) -> None:
         first = layers[0].kv_cache
@@ -320,16 +357,23 @@ class GpuTrees:
             for plan in impl.attention_plans:
                 caches = split_cache(cache, impl.head_size)
                 tree_attention(plan, query, *caches, *step, impl.scale, window_of(impl), torch.zeros(1, **on))
+        for group, layer in self._groups:
+            bits = torch.ones(1, words, device=layer.kv_cache.device, dtype=torch.int32)
+            group.warm_up(layer.impl.attention_plans, bits, layer.impl.scale)
         for mover in self._movers:
             none = torch.full((1, self.holder.most), -1, dtype=torch.int32, device=mover.device)
             kv_move(mover, torch.zeros(1, 1, dtype=torch.int32, device=mover.device), none, none)
 
     def begin(self, runner: Any, plan: StepPlan) -> None:
-        """Make the coming forward pass one of trees."""
+        """Make the coming forward pass one of trees, or of requests that attend part of their contexts."""
+        if not plan.branching and plan.num_rows == runner.input_batch.num_reqs and _records_steps(runner):
+            return  # a recorded step runs vLLM's attention, whatever is planned here
         rows, positions = tree_positions(plan)
         device = runner.positions.device
         runner.positions.index_copy_(0, rows.to(device), positions.to(device))
         self.holder.plan = self._plan = plan
+        if self._groups:
+            self.holder.blocks = runner.input_batch.block_table[0].get_numpy_array()
 
     def end(self) -> None:
         """Forward passes are without trees from now on."""
@@ -343,6 +387,12 @@ class GpuTrees:
         )
         for mover in self._movers:
             kv_move(mover, self.holder.table, moves[0], moves[1])
+
+
+def _records_steps(runner: Any) -> bool:
+    """Whether steps of one token per request may run in recorded graphs of whole steps."""
+    mode = getattr(runner.compilation_config, "cudagraph_mode", None)
+    return bool(mode is not None and mode.has_full_cudagraphs())
 
 
 def tree_positions(plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,24 +1,21 @@
-"""Which requests of a step attend part of their context, and which part: the attention of SparseVerify in one engine.
+"""Which requests of a step attend part of their context, and how much of it: SparseVerify's in one engine.
 
 Only rows that verify do: a request's last token and its draft tokens, where nothing of it is computed again. Prompts,
 steps that compute accepted tokens again (after a preemption, or an exact refresh), short contexts and layers with a
-sliding window are attended whole. The work is in :mod:`vllm_specplug.kernels.sparse_attention_cpu`.
+sliding window are attended whole. The work is that of :mod:`.cpu_sparse` and :mod:`.gpu_sparse`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-import torch
 
 from vllm_specplug.host.tree_plan import StepPlan
 from vllm_specplug.kernels.block_select import Selection, allocate
-from vllm_specplug.kernels.kv_cache_cpu import Caches
-from vllm_specplug.kernels.sparse_attention_cpu import Choice, UnitSummaries, prepare_choice
-from vllm_specplug.kernels.tree_attention_cpu import PreparedStep
+from vllm_specplug.kernels.unit_book import UnitBook
 from vllm_specplug.proposers.base import Int32Array
 from vllm_specplug.proposers.sparse_verify import SparseVerifyOptions
 
@@ -30,23 +27,46 @@ BoolArray = np.ndarray
 _BUCKET = 1024
 
 
-class GroupSparse:
-    """The layers of one KV cache group.
+class Sums(Protocol):
+    """Summaries of the units of all live requests, for the layers of a group.
+
+    Attributes:
+        selection: how units are chosen.
+        book: which units of which request there are.
+    """
+
+    selection: Selection
+    book: UnitBook
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all summaries."""
+
+    def drop(self, requests: Iterable[str]) -> None:
+        """Forget requests that ended or were preempted; unknown ones are ignored."""
+
+    def rewind(self, request: str, tokens: int) -> None:
+        """The cache holds something else from a token of a request on."""
+
+
+S = TypeVar("S", bound=Sums)
+
+
+class GroupSparse(Generic[S]):
+    """The layers of one KV cache group; a platform adds how their choice is prepared.
 
     Attributes:
         sums: of the requests' contexts.
     """
 
-    def __init__(
-        self, owner: SparseAttention, sums: UnitSummaries, errors: np.ndarray | None, even: np.ndarray
-    ) -> None:
+    def __init__(self, owner: SparseAttention, sums: S, errors: np.ndarray | None, even: np.ndarray) -> None:
         """
         Args:
             errors: ``float32[F, L, kv_heads]`` of each share of a context that was tried; None: not calibrated.
             even: ``float32[L, kv_heads]`` relative budgets where there are no errors.
         """
         self.sums = sums
-        self._owner = owner
+        self.owner = owner
         self._errors = errors
         self._even = even
         self._shares: dict[int, np.ndarray] = {}
@@ -58,23 +78,12 @@ class GroupSparse:
         bucket = max(context // _BUCKET, 1)
         if bucket not in self._shares:
             mean = self.sums.selection.budget(bucket * _BUCKET) / (bucket * _BUCKET)
-            found = allocate(self._owner.fractions, self._errors.reshape(len(self._errors), -1), mean)
+            found = allocate(self.owner.fractions, self._errors.reshape(len(self._errors), -1), mean)
             self._shares[bucket] = (found / mean).astype(np.float32).reshape(self._even.shape)
         return self._shares[bucket]
 
-    def prepare(self, plan: StepPlan, step: PreparedStep, table: torch.Tensor) -> Choice | None:
-        """What the trees of the plan attend in these layers; None: everything. ``table``: ``int32[B, blocks]``."""
-        if plan.sparse is None or not plan.sparse.any():
-            return None
-        blocks = table.numpy()
-        entries, shares = [], []
-        for i, (row, sparse) in enumerate(zip(plan.trees.requests.tolist(), plan.sparse.tolist(), strict=True)):
-            context = int(plan.trees.contexts[i])
-            shares.append(self.shares(context))
-            entries.append(self.sums.update(self._owner.ids[row], blocks[row], context) if sparse else None)
-        choice = prepare_choice(step, self.sums.selection, entries, shares)
-        self._owner.count(plan, choice)
-        return choice
+
+G = TypeVar("G", bound=GroupSparse[Any])
 
 
 class SparseAttention:
@@ -101,7 +110,7 @@ class SparseAttention:
         self.options = options
         self.selection: Selection = options.selection()
         self.ids: Sequence[str] = ()
-        self.groups: list[GroupSparse] = []
+        self.groups: list[GroupSparse[Any]] = []
         self._calibration = calibration
         self.fractions = np.array([] if calibration is None else calibration["fractions"], np.float32)
         self._applies = applies
@@ -113,23 +122,27 @@ class SparseAttention:
         self.groups = []
         self.reason = "no layer attends its whole context"
 
-    def add_group(self, impls: Mapping[str, Any], caches: Caches) -> GroupSparse | None:
+    def add_group(
+        self, impls: Mapping[str, Any], kv_heads: int, kind: type[G], make: Callable[[Selection], Sums]
+    ) -> G | None:
         """Take part in the layers of a group.
 
         Args:
             impls: attention of each layer, by the layer's name.
-            caches: of the same layers.
+            kv_heads: of each of them.
+            kind: of group.
+            make: the layers' summaries; a ValueError says why there can be none.
 
         Returns:
             None if they attend everything: they have a sliding window, or units or calibration do not fit (`reason`).
         """
-        if any(impl.sliding_window >= 0 for impl in impls.values()):
+        if any(_has_window(impl) for impl in impls.values()):
             return None
-        names, kv_heads = list(impls), int(caches.layers[0, 6])
+        names = list(impls)
         even = np.full((len(names), kv_heads), 0.0 if self.options.scorer == "streaming" else 1.0, np.float32)
         try:
-            sums = UnitSummaries(caches, self.selection)
-            group = GroupSparse(self, sums, self._errors(names, kv_heads), even)
+            errors = self._errors(names, kv_heads)
+            group = kind(self, make(self.selection), errors, even)
         except ValueError as error:
             self.reason = str(error)
             return None
@@ -192,12 +205,12 @@ class SparseAttention:
         for group in self.groups:
             group.sums.rewind(request, tokens)
 
-    def count(self, plan: StepPlan, choice: Choice) -> None:
-        """Count a group's step."""
+    def count(self, plan: StepPlan, attended: float) -> None:
+        """Count a group's step, which attended this share of the units before the tails."""
         self._steps += 1
         assert plan.sparse is not None
         self._rows += int(plan.trees.sizes.numpy()[plan.sparse].sum())
-        self._attended += choice.attended()
+        self._attended += attended
 
     def stats(self) -> dict[str, float]:
         """Counters by name."""
@@ -207,8 +220,14 @@ class SparseAttention:
             "sparse_attention_rows": float(self._rows),
             "sparse_attention_share": self._attended / max(self._steps, 1),
             "sparse_summary_bytes": float(sum(s.bytes for s in sums)),
-            "sparse_units_read": float(sum(s.units_read for s in sums)),
+            "sparse_units_read": float(sum(s.book.units_read for s in sums)),
         }
+
+
+def _has_window(impl: Any) -> bool:
+    """Whether a layer has a sliding window: vLLM's backends keep how far it reaches, or (left, right); -1: none."""
+    left = impl.sliding_window[0] if isinstance(impl.sliding_window, tuple) else impl.sliding_window
+    return left is not None and left >= 0
 
 
 def _places(calibration: Mapping[str, Any], names: list[str]) -> list[int]:

@@ -146,7 +146,7 @@ class TreeHost:
             from vllm_specplug.host import gpu_attention
 
             most = 1 + vllm_config.speculative_config.num_speculative_tokens
-            self._module, self.backend = gpu_attention, gpu_attention.GpuTrees(most)
+            self._module, self.backend = gpu_attention, gpu_attention.GpuTrees(most, self._sparse)
         self._module.install()
         self.reason = "the model is being loaded"
 
