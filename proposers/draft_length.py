@@ -26,25 +26,28 @@ from .length_times import BINS_PER_OCTAVE, LengthTimes
 #: At most so many lengths: for each, vLLM captures CUDA graphs of its own.
 MOST_LENGTHS = 7
 # Decayed steps over which acceptance is averaged, and the most requests' drafts that count in them.
-WINDOW, MOST_DRAFTS = 300, 600.0
+WINDOW, MOST_DRAFTS = 200, 400.0
 # First guess of the tokens that one draft token adds, and how many drafts it, or an extrapolation, counts for.
 FIRST_GAIN, PRIOR_DRAFTS = 0.4, 3.0
 # What a longer draft says of a shorter one counts for this much of a draft of that length.
 IMPLIED = 0.5
 # Drafts from which the two are compared, and over which their ratio is averaged.
 COMPARED, RATIO_DRAFTS, LEAST_RATIO = 30.0, 200.0, 0.2
-# Drafts over which the error of the extrapolation is averaged, and for how many it counts at first that it has none.
-ERROR_DRAFTS, NO_ERROR_DRAFTS = 2000.0, 20.0
+# Drafts over which the ratio of a length's gain to the next shorter one's is averaged, and how many the extrapolation
+# counts for in it; and how much a draft of the shorter one counts that this is applied to.
+PAIRED_DRAFTS, EXTRAPOLATED_DRAFTS, PAIRED = 2000.0, 20.0, 0.5
 # Variance of the tokens a request emits over their squared mean; variance that an extrapolation adds to the logarithm
 # of the gain per length; and what a step without news of a length adds.
 SCATTER, EXTRAPOLATION, AGING = 0.5, 0.02, 4e-4
 # A length gives way to one that is better by this much.
 HYSTERESIS = 0.02
-# Standard deviations that count as possible.
-OPTIMISM = 1.5
+# Standard deviations that count as possible, and of the logarithm of a time that counts as known.
+OPTIMISM, KNOWN = 1.5, 0.3
 # Share of the time that probing may cost, the most saved up and owed, in steps; and what a new load is given at once,
-# so often at most: 1% more.
-PROBE_SHARE, MOST_SAVED, NEW_LOAD, NEW_LOAD_EVERY = 0.01, 8.0, 2.0, 200
+# so often at most: 0.5% more.
+PROBE_SHARE, MOST_SAVED, NEW_LOAD, NEW_LOAD_EVERY = 0.01, 8.0, 1.5, 300
+# A probe is thought to cost this much at least.
+LEAST_COST = 0.02
 # At a load of so many steps, what is known hardly changes with one more: it is looked at every so often.
 SETTLED, LOOK_EVERY = 32, 4
 # Steps within which a probe's outcome is known; and a step longer than predicted by this factor is not its fault.
@@ -77,8 +80,9 @@ class Gains:
 
     A step tells the gain of its own length, and of shorter ones: a chain cut to k tokens would have emitted k at most.
     A draft tree cut to k nodes may be less deep than that, by a ratio which is learned where both are known. The gain
-    of a longer one is extrapolated, as if each token were accepted with the same probability, times how much that was
-    off so far. A gain is never below that of a shorter length.
+    of a longer one follows that of the shorter, by the ratio that both had in the same steps: so a few steps tell it,
+    easy ones or hard. Before there are any, it is extrapolated, as if each token were accepted with the same
+    probability. A gain is never below that of a shorter length.
 
     Args:
         lengths: ascending, the first 0.
@@ -90,8 +94,8 @@ class Gains:
         self._own, self._own_drafts = [0.0] * width, [0.0] * width  # decayed sums
         self._implied, self._implied_drafts = [0.0] * width, [0.0] * width
         self._ratio = [1.0] * width
-        self._seen, self._guessed = [NO_ERROR_DRAFTS] * width, [NO_ERROR_DRAFTS] * width
-        self._guess = [0.0] * width  # the last, without its error
+        # Decayed sums over the same drafts: their number, gains, and gains had they been of the next shorter length.
+        self._pairs, self._longer, self._shorter = [0.0] * width, [0.0] * width, [0.0] * width
         self._last = [0] * width  # step with the last news
         self.steps = 0
 
@@ -103,6 +107,7 @@ class Gains:
             return
         stay = 1.0 - 1.0 / WINDOW
         gains = np.asarray(emitted) - 1 if count > 16 else [tokens - 1 for tokens in emitted]
+        shorter = 0.0
         for j in range(1, len(self.lengths)):
             self._own[j] *= stay
             self._own_drafts[j] *= stay
@@ -117,13 +122,14 @@ class Gains:
                 gained = float(np.minimum(gains, most).sum())
             if j == length:
                 self._compare(j, gained, count)
-                self._correct(j, gained, count)
+                self._pair(j, gained, shorter, count)
                 self._own[j], self._own_drafts[j] = _add(self._own[j], self._own_drafts[j], gained, count)
             else:
                 self._implied[j], self._implied_drafts[j] = _add(
                     self._implied[j], self._implied_drafts[j], gained, count
                 )
             self._last[j] = self.steps
+            shorter = gained
 
     def _compare(self, j: int, gained: float, count: int) -> None:
         if self._implied_drafts[j] < COMPARED or self._own_drafts[j] < COMPARED or self._implied[j] <= 0.0:
@@ -132,35 +138,33 @@ class Gains:
         ratio = min(max(own * self._implied_drafts[j] / self._implied[j], LEAST_RATIO), 1.0)
         self._ratio[j] += count / (count + RATIO_DRAFTS) * (ratio - self._ratio[j])
 
-    def _correct(self, j: int, gained: float, count: int) -> None:
-        """Learn how wrong the guess was."""
-        if self._guess[j] <= 0.0:
-            return
-        stay = 1.0 - count / (count + ERROR_DRAFTS)
-        self._seen[j] = stay * self._seen[j] + gained
-        self._guessed[j] = stay * self._guessed[j] + self._guess[j] * count
+    def _pair(self, j: int, gained: float, shorter: float, count: int) -> None:
+        stay = 1.0 - count / (count + PAIRED_DRAFTS)
+        self._pairs[j] = stay * self._pairs[j] + count
+        self._longer[j] = stay * self._longer[j] + gained
+        self._shorter[j] = stay * self._shorter[j] + shorter
 
     def predict(self) -> tuple[list[float], list[float]]:
         """Tokens that a request emits for each length, 1 for the first, and the variance of their logarithm."""
         tokens, variances = [1.0], [0.0]
-        gain, before = 0.0, 0
+        gain, before, known = 0.0, 0, 0.0
         for j in range(1, len(self.lengths)):
             length = self.lengths[j]
-            guess = FIRST_GAIN
-            if j > 1:
-                guess = self._guess[j] = _extrapolate(gain, before, length)
-                guess *= self._seen[j] / self._guessed[j]
-            implied = IMPLIED * self._implied_drafts[j]
-            drafts = self._own_drafts[j] + implied
+            guess, trust = FIRST_GAIN, PRIOR_DRAFTS
+            if gain > 0.0:
+                # Trees: the shorter draft's gain in the same steps was not as high as it seems.
+                shorter = gain / self._ratio[j - 1]
+                guess = self._longer[j] + EXTRAPOLATED_DRAFTS * _extrapolate(gain, before, length)
+                guess *= shorter / (self._shorter[j] + EXTRAPOLATED_DRAFTS * shorter)
+                trust += PAIRED * known * self._pairs[j] / (self._pairs[j] + EXTRAPOLATED_DRAFTS)
+            drafts = self._own_drafts[j] + IMPLIED * self._implied_drafts[j]
             total = self._own[j] + IMPLIED * self._ratio[j] * self._implied[j]
-            mean = (total + PRIOR_DRAFTS * guess) / (drafts + PRIOR_DRAFTS)
-            mean = min(max(mean, gain), float(length))
-            unknown = PRIOR_DRAFTS / (drafts + PRIOR_DRAFTS)
-            age = self.steps - self._last[j]
-            share = mean / (1.0 + mean)
-            variance = SCATTER * share / (drafts + 1.0) + EXTRAPOLATION * unknown * j
+            known = drafts + trust
+            mean = min(max((total + trust * guess) / known, gain), float(length))
+            variance = SCATTER * mean / (1.0 + mean) / (known - PRIOR_DRAFTS + 1.0)
+            variance += EXTRAPOLATION * j * PRIOR_DRAFTS / known
             tokens.append(1.0 + mean)
-            variances.append(variance + AGING * age)
+            variances.append(variance + AGING * (self.steps - self._last[j]))
             gain, before = mean, length
         return tokens, variances
 
@@ -260,8 +264,11 @@ class DraftLength:
         logs, spreads = self.times.predict(max(requests, 1))
         tokens, variances = self.gains.predict()
         rates = self._rates = [math.log(t) - s for t, s in zip(tokens, logs, strict=True)]
-        best = max(range(len(rates)), key=rates.__getitem__)
-        if best != self._best and rates[best] > rates[self._best] + HYSTERESIS:
+        # A length whose time is not known is tried for a step first.
+        surest = min(spreads)
+        known = [j for j, spread in enumerate(spreads) if spread <= max(KNOWN, surest)]
+        best = max(known, key=rates.__getitem__)
+        if best != self._best and (rates[best] > rates[self._best] + HYSTERESIS or self._best not in known):
             self._best = best
             self._totals["switches"] += 1
         best = self._best
@@ -272,15 +279,22 @@ class DraftLength:
                 return self.lengths[best]
             self._probe = None
         chosen, most = best, 0.0
-        for j, rate in enumerate(rates):
+        for j in range(len(rates)):
             if j == best:
                 continue
-            excess = rate - rates[best] + OPTIMISM * math.sqrt(spreads[j] ** 2 + variances[j])
+            # Of lengths whose time is not known, the next one to those known; and none, which is the safe one.
+            if j and spreads[j] > KNOWN and not {j - 1, j + 1} & {best, *known}:
+                continue
+            # At best, more rows take no more time, and fewer take less in proportion.
+            fewer = min(math.log((1 + self.lengths[j]) / (1 + self.lengths[best])), 0.0)
+            least = max(logs[j] - OPTIMISM * spreads[j], min(logs[best] + fewer, logs[j]))
+            excess = math.log(tokens[j]) + OPTIMISM * math.sqrt(variances[j]) - least - rates[best]
             if excess <= 0.0:
                 continue
-            cost = math.exp(logs[j] - logs[best]) - tokens[j] / tokens[best]
-            if cost <= self._account.saved and excess > most * max(cost, 0.01):
-                chosen, most = j, excess / max(cost, 0.01)
+            cost = max(math.exp(logs[j] - logs[best]) - tokens[j] / tokens[best], LEAST_COST)
+            saved = self._account.saved if j or spreads[0] <= KNOWN else max(self._account.saved, 1.0)
+            if cost <= saved and excess > most * cost:
+                chosen, most = j, excess / cost
         if chosen != best:
             self._probe = chosen, math.exp(logs[chosen]), math.exp(logs[best]), tokens[best]
             self._waited = 0

@@ -20,8 +20,9 @@ from .step_time import StepTimeModel
 #: Loads of one bin differ by a fifth at most, so many bins make an octave.
 BINS_PER_OCTAVE = 4
 _BINS = 24 * BINS_PER_OCTAVE
-# The first steps of a pair: its time is the least of them, since what disturbs a step makes it longer.
-_FIRST = 3
+# The first steps of a pair: its time is the least of them, since what disturbs a step makes it longer. The very first
+# is not believed at all if its logarithm is so far above what was expected.
+_FIRST, _ODD = 3, 0.5
 # Then an average over so many steps, after the drift has taken its share.
 _STEPS = 32
 _DRIFT = 0.06
@@ -29,8 +30,10 @@ _DRIFT = 0.06
 _CLIP, _CHANGE = 0.15, 4
 # Standard deviations of the logarithm: of a pair well known, first seen; and what age adds to the variance per step.
 _KNOWN, _FRESH, _AGING = 0.015, 0.06, 1e-5
-# Of one that is bridged, by bins from where its length was seen; at most, and beyond so many bins.
-_NEAR, _PER_BIN, _FAR, _REACH = 0.08, 0.06, 0.7, 6
+# Of one that is bridged: at least, per bin of loads, per octave of rows within a load, at most; and bins within reach.
+_NEAR, _PER_BIN, _PER_OCTAVE, _FAR, _REACH = 0.08, 0.06, 0.4, 0.7, 6
+# Part of the model's logarithm that is believed of longer drafts: it takes rows for dearer than they are on GPUs.
+_BELIEVED = 0.5
 # Steps after which the model is asked again; visits after which it hears of a pair's steps every so often only.
 _EPOCH = 32
 _HEARD, _EVERY = 64, 4
@@ -49,6 +52,7 @@ class LengthTimes:
         width = len(self.lengths)
         self._log = [[0.0] * width for _ in range(_BINS)]  # of the seconds, less the drift, at the bin's middle
         self._visits = [[0] * width for _ in range(_BINS)]
+        self._odd = [[False] * width for _ in range(_BINS)]  # the first visit was not believed
         self._last = [[0] * width for _ in range(_BINS)]  # step of the last visit
         self._drift = 0.0
         self._side = 0  # outliers in a row on one side
@@ -85,9 +89,15 @@ class LengthTimes:
             return
         self._steps += 1
         spot = self.bin_of(requests)
+        self._tell_model(requests, length, seconds, self._visits[spot][length])
         at, visits = self._log[spot], self._visits[spot][length]
         off = self._curve(requests)[length] - self._curve(_middle(spot))[length]
         value = math.log(seconds) - self._drift - off
+        if visits == 0 and not self._odd[spot][length] and self._newest is not None:
+            expected, _ = self._bridge(spot, length, self._curve(_middle(spot)))
+            if value > expected + _ODD:
+                self._odd[spot][length] = True
+                return
         if visits < _FIRST:
             at[length] = min(at[length], value) if visits else value
         else:
@@ -106,6 +116,8 @@ class LengthTimes:
         self._visits[spot][length] = visits + 1
         self._last[spot][length] = self._steps
         self._newest = spot, length
+
+    def _tell_model(self, requests: int, length: int, seconds: float, visits: int) -> None:
         if visits < _HEARD or visits % _EVERY == 0:
             self.model.observe(StepLoad(requests, requests * (1 + self.lengths[length]), 0, 0), seconds)
 
@@ -116,10 +128,17 @@ class LengthTimes:
         visits, last, logs = self._visits[spot], self._last[spot], self._log[spot]
         middle = self._curve(_middle(spot)) if any(visits) else here
         means, spreads = [], []
+        known = [j for j, count in enumerate(visits) if count >= _FIRST]
         for j in range(len(self.lengths)):
             if visits[j]:
-                mean = logs[j] + here[j] - middle[j]
+                mean = logs[j]
                 least = _KNOWN if visits[j] >= _FIRST else _FRESH
+                if known and visits[j] < _FIRST:
+                    nearest = min(known, key=lambda k: abs(k - j))
+                    most = logs[nearest] + max(self._octaves(j, nearest), 0.0) * math.log(2.0) + _ODD
+                    if mean > most:  # more than in proportion to its rows
+                        mean, least = most, _FAR
+                mean += here[j] - middle[j]
                 spread = math.sqrt(least * least + _AGING * (self._steps - last[j]))
             else:
                 mean, spread = self._bridge(spot, j, here)
@@ -128,17 +147,33 @@ class LengthTimes:
         return means, spreads
 
     def _bridge(self, spot: int, length: int, here: list[float]) -> tuple[float, float]:
-        """The same, less the drift, of a length never tried at this load: from the nearest load that had it."""
+        """The same, less the drift, of a length never tried at this load: from the nearest load that had it, else from
+        the nearest length that this load had, else from the last step."""
         for distance in range(1, _REACH + 1):
             for near in (spot - distance, spot + distance):
                 if 0 <= near < _BINS and self._visits[near][length]:
-                    known = self._log[near][length] - self._curve(_middle(near))[length]
-                    return known + here[length], _NEAR + _PER_BIN * distance
+                    return self._from(near, length, spot, length, here, 1.0), _NEAR + _PER_BIN * distance
+        tried = [j for j, visits in enumerate(self._visits[spot]) if visits]
+        if tried:
+            nearest = min(tried, key=lambda j: abs(j - length))
+            spread = min(_NEAR + _PER_OCTAVE * abs(self._octaves(length, nearest)), _FAR)
+            believed = _BELIEVED if length > nearest else 1.0
+            return self._from(spot, nearest, spot, length, here, believed), spread
         if self._newest is None:
             return here[length] - self._drift, _FAR
-        near, tried = self._newest
-        known = self._log[near][tried] - self._curve(_middle(near))[tried]
-        return known + here[length], _FAR
+        return self._from(*self._newest, spot, length, here, 1.0), _FAR
+
+    def _octaves(self, length: int, other: int) -> float:
+        """Binary logarithm of the ratio of their rows."""
+        return math.log2((1 + self.lengths[length]) / (1 + self.lengths[other]))
+
+    def _from(self, near: int, tried: int, spot: int, length: int, here: list[float], believed: float) -> float:
+        """The logarithm known of one pair, moved to another by the model: more rows take no less time, and no more
+        than in proportion."""
+        there = _middle(near)
+        rows = _middle(spot) * (1 + self.lengths[length]) / (there * (1 + self.lengths[tried]))
+        moved, most = here[length] - self._curve(there)[tried], math.log(rows)
+        return self._log[near][tried] + believed * min(max(moved, min(most, 0.0)), max(most, 0.0))
 
 
 def _middle(spot: int) -> int:
