@@ -79,7 +79,8 @@ def engine(proposer: str | None = "Auto", tokens: int = 4, **settings: Any) -> L
     Args:
         proposer: of this plugin's; None: no drafts.
         tokens: K.
-        settings: of ``vllm.LLM``; ``speculative_config`` is added to what the two before say; ``model``: not the tiny one.
+        settings: of ``vllm.LLM``; ``speculative_config`` is added to what the two before say; ``model``: another than
+            the tiny one.
     """
     path = settings.pop("model", None) or model()
     speculative = settings.pop("speculative_config", {})

@@ -105,8 +105,27 @@ def test_doctor_where_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert "yes speculation (chains): --spec-model" in text
     assert "vllm_specplug.Retrieval" in text
     assert "yes draft trees:" in text
-    for later in ("sparse verification", "GPU kernels"):
-        assert f"no  {later}: not in this version" in text
+    assert "yes sparse verification: approximate, only by name" in text
+    assert "no  drafting on the device: needs a CUDA GPU" in text
+
+
+@pytest.mark.usefixtures("healthy")
+def test_doctor_says_what_a_gpu_gets_by_choice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vllm_specplug.host import compat
+
+    facts = doctor.environment.compute_platform() | {"device": "NVIDIA H200"}
+    monkeypatch.setattr(doctor.environment, "compute_platform", lambda: facts)
+    monkeypatch.setattr(compat, "missing_for_device_drafts", list)
+    assert main.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "no  draft trees: chains on NVIDIA H200; trees on a CUDA GPU by choice (gpu_trees)" in text
+    assert "no  drafting on the device: by choice (on_device)" in text
+    assert "no  sparse verification: approximate, only by name" in text
+    monkeypatch.setattr(compat, "missing_for_device_drafts", lambda: ["vllm.gone"])
+    assert main.main(["doctor"]) == 0
+    assert "no  drafting on the device: this vLLM lacks vllm.gone" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("healthy")

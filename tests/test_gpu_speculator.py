@@ -172,8 +172,30 @@ def test_front_process_asks_for_the_worker(monkeypatch):
     cuda = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False, device_name="a GPU")
     monkeypatch.setattr(platforms, "current_platform", cuda)
     given = arguments()
-    assert engine_args.check(given) == [] and given.worker_cls == engine_args.DEVICE_WORKER
-    assert engine_args.check(given) == [], "checked again, by the next entry point"
+    arms = ["off", "default", "auto"]
+    assert engine_args.check(given) == arms and given.worker_cls == engine_args.DEVICE_WORKER
+    assert engine_args.check(given) == arms, "checked again, by the next entry point"
+
+
+@pytest.mark.parametrize("flags", [True, False])
+def test_one_option_is_enough(monkeypatch, flags):
+    """With the flags that any proposer is chosen by, and vLLM's own form of them."""
+    from vllm import platforms
+    from vllm.engine.arg_utils import EngineArgs
+
+    cuda = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False, device_name="a GPU")
+    monkeypatch.setattr(platforms, "current_platform", cuda)
+    said = {"spec_model": "vllm_specplug.Auto", "spec_tokens": 4}
+    if not flags:
+        said = {"speculative_config": {"model": "vllm_specplug.Auto", "num-speculative-tokens": 4}}
+    given = EngineArgs("m", additional_config={"specplug": {"on_device": True}}, **said)
+    for _ in range(2):
+        assert "off" in engine_args.check(given)
+        assert given.spec_model is given.spec_tokens is None and given.worker_cls == engine_args.DEVICE_WORKER
+        wanted = {"method": "ngram_gpu", "model": "vllm_specplug.Auto", "num_speculative_tokens": 4}
+        assert wanted.items() <= given.speculative_config.items()
+    fixed = EngineArgs("m", additional_config={"specplug": {"on_device": True, "auto": {"policy": "fixed"}}}, **said)
+    assert engine_args.check(fixed) == ["default", "auto"], "no scheduler of ours could leave drafts out"
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,11 @@ class GeneralOptions:
     gpu_trees: bool = options.option(
         False, "draft trees on CUDA too, with attention by this plugin; not yet run on a GPU by its authors"
     )
+    on_device: bool = options.option(
+        False,
+        "draft on the CUDA device, in vLLM's Model Runner V2 with asynchronous scheduling (Auto, Retrieval and "
+        "TokenRecycling); not yet run on a GPU by its authors",
+    )
 
 
 @dataclass(frozen=True, slots=True)

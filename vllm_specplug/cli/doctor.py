@@ -57,8 +57,8 @@ def examine() -> dict[str, Any]:
         _serve_command(),
         _transformers(),
         _trees(host),
-        Feature("sparse verification", False, "not in this version: every row is verified exactly"),
-        Feature("GPU kernels", False, "not in this version: drafting runs on the CPU"),
+        _sparse(host),
+        _on_device(host),
     ]
     return {
         "works": features[0].works,
@@ -142,7 +142,7 @@ def _chains(host: dict[str, Any], plugin: dict[str, Any], proposers: list[dict[s
 def _trees(host: dict[str, Any]) -> Feature:
     """Whether trees can be verified also depends on the model and the server's settings; the server's log says."""
     missing = [s["name"] for s in host["symbols"] if not s["found"]]
-    device = _attempt(lambda: environment.compute_platform()["device"], None)
+    device = _device()
     if host["level"] == "unsupported":
         return Feature("draft trees", False, host["message"])
     if missing:
@@ -153,6 +153,36 @@ def _trees(host: dict[str, Any]) -> Feature:
     return Feature(
         "draft trees", True, "for models with ordinary attention; else drafts are chains, and the log says why"
     )
+
+
+def _sparse(host: dict[str, Any]) -> Feature:
+    """Whether verification can be approximate, for who asks for it."""
+    name = "sparse verification"
+    if host["level"] == "unsupported":
+        return Feature(name, False, host["message"])
+    asked = "approximate, only by name: --spec-model vllm_specplug.SparseVerify"
+    if _device() != "cpu":
+        return Feature(name, False, f"{asked}, with gpu_trees; never run on a GPU by its authors")
+    return Feature(name, True, asked)
+
+
+def _on_device(host: dict[str, Any]) -> Feature:
+    """Whether drafts can be made on the device, in Model Runner V2."""
+    name = "drafting on the device"
+    if host["level"] == "unsupported":
+        return Feature(name, False, host["message"])
+    if _device() in ("cpu", None):
+        return Feature(name, False, "needs a CUDA GPU")
+    from vllm_specplug.host import compat
+
+    missing = _attempt(compat.missing_for_device_drafts, ["its Model Runner V2"])
+    if missing:
+        return Feature(name, False, "this vLLM lacks " + ", ".join(missing))
+    return Feature(name, False, "by choice (on_device); never run on a GPU by its authors")
+
+
+def _device() -> str | None:
+    return _attempt(lambda: environment.compute_platform()["device"], None)
 
 
 def _serve_command() -> Feature:

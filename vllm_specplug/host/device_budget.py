@@ -18,7 +18,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_specplug import registry
-from vllm_specplug.host import metrics, numba_guard
+from vllm_specplug.host import eligibility, metrics, numba_guard
 from vllm_specplug.host.engine_requests import data_parallel_index
 from vllm_specplug.proposers.draft_length import DraftLength
 from vllm_specplug.proposers.length_times import LengthTimes
@@ -108,6 +108,7 @@ class _Budgeted:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._off: set[str] = set()  # requests that want no drafts
         self.budget: Budget | None = None
         self._publisher: metrics.Publisher | None = None
         table = self.dynamic_sd_lookup
@@ -119,6 +120,31 @@ class _Budgeted:
         name = registry.find(self.vllm_config.speculative_config.model.removeprefix(f"{registry.PACKAGE}.")).section
         labels = {"proposer": name, "engine": str(data_parallel_index(self.vllm_config))}
         self._publisher = metrics.Publisher(labels, self.budget.snapshot)
+
+    def add_request(self, request: Any) -> None:
+        """See vLLM's."""
+        extra = getattr(request.sampling_params, "extra_args", None) or {}
+        if extra.get(eligibility.ARM_ARG) == registry.OFF:
+            self._off.add(request.request_id)
+        super().add_request(request)
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        """See vLLM's, where the asynchronous scheduler makes room for the next step's drafts."""
+        super()._update_after_schedule(scheduler_output)
+        self._drop_drafts()
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        """See vLLM's, where the other one is told of them."""
+        super().update_draft_token_ids(draft_token_ids)
+        self._drop_drafts()
+
+    def _drop_drafts(self) -> None:
+        """Requests that want no drafts get none in the step to come."""
+        if not self._off:
+            return
+        self._off.intersection_update(self.requests)
+        for request_id in self._off:
+            self.requests[request_id].spec_token_ids = []
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """See vLLM's."""

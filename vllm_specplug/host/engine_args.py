@@ -158,9 +158,16 @@ def check(engine_args: Any) -> list[str]:
         )
     user = registry.parse_options(additional)
     user.check(entry)
-    if config.get("method") not in (None, "custom_class"):
-        _prepare_device(str(config["method"]), user, entry, engine_args)
-        return []
+    method = config.get("method")
+    if user.general.on_device and method in (None, "custom_class"):
+        method = "ngram_gpu"
+    if method not in (None, "custom_class"):
+        _prepare_device(str(method), user, entry, engine_args)
+        _say_device(engine_args, config, entry, tokens)
+        device_lengths.prepare(engine_args, user, entry)
+        # Whether a request gets drafts is settled in the scheduler.
+        off = [registry.OFF] if engine_args.scheduler_cls == device_lengths.DEVICE_SCHEDULER else []
+        return [*off, registry.DEFAULT, entry.section]
     if user.ab.split and str(engine_args.distributed_executor_backend) == "external_launcher":
         raise options.OptionError(
             f"{options.ROOT}.ab.split is not allowed with --distributed-executor-backend external_launcher: every rank "
@@ -176,7 +183,17 @@ def check(engine_args: Any) -> list[str]:
     return list(user.arm_names(entry))
 
 
-_DEVICE = "speculative_config.method = 'ngram_gpu' (drafting on the device)"
+_DEVICE = "specplug.on_device (speculative_config.method = 'ngram_gpu')"
+
+
+def _say_device(engine_args: Any, config: Mapping[str, Any], entry: registry.Entry, tokens: int) -> None:
+    """Name the method that vLLM takes for its own GPU n-grams, however the user asked for ours."""
+    said = {"method": "ngram_gpu", "model": f"{registry.PACKAGE}.{entry.name}", "num_speculative_tokens": tokens}
+    engine_args.speculative_config = {**config, **said}
+    # vLLM refuses flags that say the same again.
+    for flag in ("spec_method", "spec_model", "spec_tokens"):
+        if hasattr(engine_args, flag):
+            setattr(engine_args, flag, None)
 
 
 def _prepare_device(method: str, user: registry.PluginOptions, entry: registry.Entry, engine_args: Any) -> None:
@@ -206,7 +223,6 @@ def _prepare_device(method: str, user: registry.PluginOptions, entry: registry.E
 
     if not current_platform.is_cuda():
         raise options.OptionError(f"{_DEVICE} needs a CUDA GPU, this is {current_platform.device_name or 'a CPU'}.")
-    device_lengths.prepare(engine_args, user, entry)
     engine_args.worker_cls = DEVICE_WORKER
     metrics.install_front(engine_args)
 
