@@ -75,6 +75,13 @@ class DeviceDrafts:
         """A request begins in a slot; ``branching``: whether its drafts may."""
         self._branching[slot] = int(branching)
 
+    def warm_up(self, histories: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Compile everything before the first request; see :meth:`propose`. Nothing is learned."""
+        none = torch.full((1,), -1, dtype=torch.int32, device=self.trees.device)
+        if self._claims is not None:
+            recycle_update(self._matrix, none, none.long().expand(1, self._guesses).contiguous(), self._claims)
+        self.propose(histories, lengths, (none + 1).long(), none.long())
+
     def observe(self, tokens: torch.Tensor, logits: torch.Tensor) -> None:
         """Learn from the rows of a step, accepted or not.
 

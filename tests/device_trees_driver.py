@@ -188,8 +188,20 @@ def windowed() -> dict[str, Any]:
 
 
 def budget() -> dict[str, Any]:
-    """Trees of changing sizes, which the clock decides; the tokens it does not."""
-    return both([(p, params(30)) for p in PROMPTS], budget=True, proposer="TokenRecycling")
+    """Trees of changing sizes, which the clock decides; the tokens it does not. The last request wants no drafts."""
+    requests = [(p, params(30)) for p in PROMPTS[:3]] + [(PROMPTS[3], params(30, extra_args={"specplug": "off"}))]
+    llm = trees(budget=True, proposer="TokenRecycling")
+    scheduler = device_engines.scheduler_of(llm)
+    update, drafted = scheduler._update_after_schedule, [0] * len(requests)
+
+    def watched(output: Any) -> None:
+        for request, tokens in output.scheduled_spec_decode_tokens.items():
+            drafted[int(request.partition("-")[0])] += len(tokens)
+        update(output)
+
+    scheduler._update_after_schedule = watched
+    found = {"found": generate(llm, requests), "drafted": drafted, **counts(llm)}
+    return {"wanted": generate(plain(), requests), **found}
 
 
 def structured() -> dict[str, Any]:

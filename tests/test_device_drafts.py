@@ -82,6 +82,15 @@ def test_drafts_branch_where_the_request_may():
     assert drafts.trees[4].tolist() == list(range(7)), "another request has the slot"
 
 
+@pytest.mark.parametrize("kinds", [(True, True), (True, False), (False, True)])
+def test_warming_up_teaches_nothing(kinds):
+    drafts = DeviceDrafts(8, VOCAB, 4, DEVICE, *kinds)
+    given = histories([5, 6, 7], [1, 2, 1, 2])
+    before = drafts.propose(*given)
+    drafts.warm_up(*given[:2])
+    assert torch.equal(drafts.propose(*given), before)
+
+
 def test_any_vocabulary():
     """One smaller than the guesses that are kept."""
     drafts = DeviceDrafts(2, 5, 3, DEVICE, match=False, recycle=True)

@@ -166,7 +166,6 @@ class DeviceTrees(GpuTrees):
         self._trees = parents
         self.rows = StepRows(most, vllm_config.scheduler_config.max_num_batched_tokens, device)
         self.reason = "the model is being loaded"
-        self._room: dict[str, torch.Tensor] = {}
         on: dict[str, Any] = {"dtype": torch.int32, "device": device}
         requests = vllm_config.scheduler_config.max_num_seqs
         self._last = torch.zeros(requests, **on)
@@ -198,6 +197,19 @@ class DeviceTrees(GpuTrees):
             self._movers = []
         elif not self.reason:
             self.warm_up()
+
+    def warm_up(self) -> None:
+        """Compile before the first request."""
+        super().warm_up()
+        most = self.rows.most
+        device = self.rows.bits.device
+        starts = torch.tensor([0, most], dtype=torch.int32, device=device)
+        slots, positions = torch.zeros(2, most, dtype=torch.int64, device=device)
+        described = (self.rows.parents[:most], self.rows.depths[:most], self.rows.bits[:most], positions)
+        tree_rows(starts, starts, starts[1:], slots[:1], self._trees, *described, most)
+        tokens, paths, sources, targets = (table[:1] for table in self._tables)
+        walked = (tokens, paths, self._lengths[:1], self._last[:1], sources, targets)
+        tree_walk(starts, described[0], torch.zeros_like(described[0]), slots, self._lengths[:1], *walked, most)
 
     def _builders(self, runner: Any) -> list[Any]:
         groups = itertools.chain.from_iterable(runner.attn_groups)

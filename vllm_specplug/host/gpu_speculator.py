@@ -79,6 +79,9 @@ class DeviceSpeculator(BaseSpeculator):
 
     def on_kv_cache(self, runner: Any, is_profiling: bool) -> None:
         """The KV cache was made."""
+        if not is_profiling:
+            states = self._req_states
+            self.drafts.warm_up(states.all_token_ids.gpu, states.total_len.gpu)
         if self.trees is None:
             return
         self.trees.attach_runner(runner, is_profiling)
