@@ -233,6 +233,7 @@ class DraftLength:
     Attributes:
         times: what steps take.
         gains: what requests emit.
+        share: of the requests that get drafts at all; to be set where it is not 1.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -241,6 +242,7 @@ class DraftLength:
         self.lengths = list(lengths)
         self.times = LengthTimes(self.lengths)
         self.gains = Gains(self.lengths)
+        self.share = 1.0
         self._index = {length: j for j, length in enumerate(self.lengths)}
         self._account = _Account()
         self._best = 0
@@ -263,6 +265,7 @@ class DraftLength:
             return self.lengths[self._best]
         logs, spreads = self.times.predict(max(requests, 1))
         tokens, variances = self.gains.predict()
+        tokens = [1.0 + self.share * (t - 1.0) for t in tokens]
         rates = self._rates = [math.log(t) - s for t, s in zip(tokens, logs, strict=True)]
         # A length whose time is not known is tried for a step first.
         surest = min(spreads)
@@ -301,26 +304,30 @@ class DraftLength:
             self._totals["probes"] += 1
         return self.lengths[chosen]
 
-    def observe(self, length: int, emitted: Sequence[int], seconds: float = math.nan) -> None:
+    def observe(
+        self, length: int, emitted: Sequence[int], seconds: float = math.nan, requests: int | None = None
+    ) -> None:
         """Learn from a step.
 
         Args:
             length: draft tokens that each of its requests had; another one than :attr:`lengths` is ignored.
             emitted: tokens of each of them, at least 1.
-            seconds: what the step took, NaN if it was not these requests' decoding alone.
+            seconds: what the step took, NaN if it was not their decoding alone.
+            requests: that decoded, those without drafts included; None: no more than these.
         """
         j = self._index.get(length)
         if j is None or not emitted:
             return
         self.gains.observe(j, emitted)
-        self.times.observe(len(emitted), j, seconds)
+        self.times.observe(requests or len(emitted), j, seconds)
         self._measured = seconds
         if self._probe is not None and j == self._probe[0]:
             _, predicted, worth, tokens = self._probe
             self._probe = None
             # A hiccup of the machine is not the probe's.
             seconds = min(seconds, HICCUP * predicted) if seconds == seconds else predicted
-            self._account.saved -= seconds / worth - sum(emitted) / len(emitted) / tokens
+            gain = self.share * (sum(emitted) / len(emitted) - 1.0)
+            self._account.saved -= seconds / worth - (1.0 + gain) / tokens
 
     def stats(self) -> dict[str, float]:
         """Choices, probes and switches so far; the length in use; seconds predicted for a step of it and measured for

@@ -24,9 +24,9 @@ def watch(llm: Any) -> dict[str, list[Any]]:
         seen["asked"].append([requests, length])
         return length
 
-    def watched_observe(length: int, emitted: list[int], seconds: float = float("nan")) -> None:
+    def watched_observe(length: int, emitted: list[int], seconds: float = float("nan"), *requests: int) -> None:
         seen["told"].append([length, list(emitted), seconds if seconds == seconds else None])
-        observe(length, emitted, seconds)
+        observe(length, emitted, seconds, *requests)
 
     budget.policy.choose, budget.policy.observe = watched_choose, watched_observe
     return seen

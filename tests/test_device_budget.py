@@ -138,10 +138,12 @@ class Step:
 @pytest.fixture
 def told(monkeypatch):
     """A budget, and what its policy is told: (length, emitted, milliseconds or None)."""
-    budget, seen = device_budget.Budget([0, 1, 4]), []
+    budget, seen, counts = device_budget.Budget([0, 1, 4]), [], []
+    budget.counts = counts
 
-    def observe(length, emitted, seconds=math.nan):
+    def observe(length, emitted, seconds=math.nan, requests=None):
         seen.append((length, emitted, round(seconds * 1e3) if seconds == seconds else None))
+        counts.append(requests)
 
     monkeypatch.setattr(budget.policy, "observe", observe)
     return budget, seen
@@ -189,6 +191,19 @@ def test_steps_with_prompts_or_lengths_of_all_kinds_tell_acceptance_only(told):
     for at in (1040, 1050, 1060):
         give(budget, {"a": (5, 4, 3), "b": (5, 4, 0)}, at)  # one whose output is not used any more
     assert {ms for _, _, ms in seen} == {None}
+
+
+def test_requests_that_want_no_drafts_are_part_of_the_step(told):
+    budget, seen = told
+    budget.off = {"b", "ended"}
+    for at in (1000, 1010):
+        give(budget, {"a": (5, 4, 3), "b": (1, 0, 1)}, at)
+    assert seen == [(4, [3], None), (4, [3], 10)] and budget.counts == [2, 2] and budget.policy.share == 0.5
+    give(budget, {"a": (5, 4, 3), "c": (1, 0, 1)}, 1020)  # one that has none yet
+    assert seen[-1] == (4, [3], None) and budget.counts[-1] is None
+    give(budget, {"a": (1, 0, 1), "b": (1, 0, 1)}, 1030)
+    give(budget, {"a": (1, 0, 1), "b": (1, 0, 1)}, 1037)
+    assert seen[-1] == (0, [1, 1], 7)
 
 
 def test_steps_of_nothing_are_left_out(told):

@@ -114,8 +114,8 @@ class Watched(DraftLength):
         self.cost, self.requests = cost, requests
         self.lost = 0.0
 
-    def observe(self, length, emitted, seconds=math.nan):
-        super().observe(length, emitted, seconds)
+    def observe(self, length, emitted, seconds=math.nan, requests=None):
+        super().observe(length, emitted, seconds, requests)
         if length:  # nothing is ever accepted: steps without drafts are best
             self.lost += self.cost(self.requests, length) - self.cost(self.requests, 0)
 
@@ -183,6 +183,22 @@ def test_steps_beside_prompts_tell_what_is_accepted():
         chosen.observe(4, [3, 3])
     tokens, _ = chosen.gains.predict()
     assert tokens == pytest.approx([1, 2, 3], abs=0.1)
+
+
+def test_where_few_requests_get_drafts_the_others_count():
+    texts, lengths = Chains(), []
+    for share in (1.0, 0.1):
+        rng = np.random.default_rng(0)
+        chosen, length = DraftLength(LENGTHS), 0
+        chosen.share = share
+        for _ in range(400):
+            drafted = max(int(20 * share), 1)
+            emitted = (1 + texts.accepted(rng, drafted, length)).tolist()
+            # Each row costs, whoever drafts: what does not pay for the others is left.
+            chosen.observe(length, emitted, 0.01 * (1 + 0.3 * length), 20)
+            length = chosen.choose(20)
+        lengths.append(chosen.stats()["length"])
+    assert lengths[0] >= 1 and lengths[1] == 0
 
 
 def test_stats():

@@ -41,6 +41,7 @@ class Budget:
         _compile()
         self.policy = DraftLength(lengths)
         self.failed = False
+        self.off: set[str] = set()  # requests that want no drafts
         self._since = 0  # time of the output before; 0: the engine was idle since
         self._shapes: set[tuple[int, int]] = set()
 
@@ -72,13 +73,18 @@ class Budget:
         count, rows = len(scheduled.num_scheduled_tokens), scheduled.total_num_scheduled_tokens
         sizes = list(map(len, drafts.values()))
         length = sizes[0] if sizes else 0
-        if rows == count * (1 + length) and sizes.count(length) == (count if length else 0):
+        off = sum(map(scheduled.num_scheduled_tokens.__contains__, self.off)) if self.off else 0
+        if rows == count + len(sizes) * length and sizes.count(length) == (count - off if length else 0):
             emitted = [size for size in map(len, tokens) if size]
             shape = LengthTimes.bin_of(count), length
             # A new shape may be compiled in its first step.
             timed = self._since and shape in self._shapes and len(emitted) == count
             self._shapes.add(shape)
-            self.policy.observe(length, emitted, (now_ns - self._since) * 1e-9 if timed else math.nan)
+            if off and length:
+                emitted = [len(tokens[output.req_id_to_index[request]]) for request in drafts]
+            self.policy.share = 1.0 - off / count
+            seconds = (now_ns - self._since) * 1e-9 if timed else math.nan
+            self.policy.observe(length, [size for size in emitted if size], seconds, count)
             return
         # Prompts are computed beside, or lengths differ: of these steps only what was accepted counts.
         by_length: dict[int, list[int]] = {}
@@ -116,6 +122,7 @@ class _Budgeted:
             logger.warning("vllm-specplug: no budget: vLLM turned Dynamic SD off.")
             return
         self.budget = Budget(sorted({0, *table[1:]}))
+        self.budget.off = self._off
         self.dynamic_sd_lookup = self.budget
         name = registry.find(self.vllm_config.speculative_config.model.removeprefix(f"{registry.PACKAGE}.")).section
         labels = {"proposer": name, "engine": str(data_parallel_index(self.vllm_config))}
