@@ -139,22 +139,20 @@ def test_layers_attend_as_defined(options, monkeypatch):
 
 
 def test_heads_get_what_calibration_gives_them(monkeypatch):
-    """The first head's error falls, the second's does not, so the first gets what there is."""
+    """One head's error falls, the other's does not, so the first gets what there is: in layer 1 it is the other one."""
     errors = np.zeros((3, LAYERS, KV_HEADS))
-    errors[:, :, 0] = [[4.0], [1.0], [0.0]]
+    errors[:, 0, 0] = errors[:, 1, 1] = errors[:, 2, 0] = [4.0, 1.0, 0.0]
     names = [f"layer{i}" for i in range(LAYERS)]
-    calibration = {"fractions": [0.05, 0.5, 1.0], "errors": errors.tolist(), "layers": names, "anchors": names[:1]}
+    calibration = {"fractions": [0.05, 0.5, 1.0], "errors": errors.tolist(), "layers": names, "anchors": names[:2]}
     step = Step({"ratio": 0.4, "anchors": "calibrated"}, calibration)
-    assert [layer.impl.layer for layer in step.layers] == [(0, True), (1, False), (2, False)]
+    assert [layer.impl.layer for layer in step.layers] == [(0, True), (1, True), (2, False)]
     metadata = step.metadata()
-    query = torch.randn(24, HEADS, SIZE)
-    wanted, found = described(step, metadata, 0, query, None)
-    assert len(found[0][0]) > len(found[0][1]) == 1
-    torch.testing.assert_close(attend(step, metadata, 0, query, monkeypatch), wanted, atol=1e-5, rtol=1e-5)
-    # The others attend the same, whatever their own queries would rank first.
-    for index in (1, 2):
+    found = {}
+    for index in range(LAYERS):
         query = torch.randn(24, HEADS, SIZE)
-        wanted, _ = described(step, metadata, index, query, found)
+        # The last one attends what the one before it chose, whatever its own query would rank first.
+        wanted, found = described(step, metadata, index, query, None if index < 2 else found)
+        assert len(found[0][min(index, 1)]) > len(found[0][1 - min(index, 1)]) == 1
         torch.testing.assert_close(attend(step, metadata, index, query, monkeypatch), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -169,6 +167,19 @@ def test_layers_before_the_first_that_ranks_and_layers_whose_budget_is_everythin
         query = torch.randn(24, HEADS, SIZE)
         every = {i: [np.arange(11, dtype=np.int32)] * KV_HEADS for i in (0, 2)}
         wanted, _ = described(step, metadata, index, query, every)
+        torch.testing.assert_close(attend(step, metadata, index, query, monkeypatch), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_layer_whose_budget_is_everything_leaves_the_choice_before_it(monkeypatch):
+    step = Step()
+    step.sparse.groups[0]._even = np.array([[1.0, 1.0], [9.0, 9.0], [1.0, 1.0]], np.float32)
+    step.layers[2].impl.layer = (2, False)
+    metadata, found = step.metadata(), None
+    for index in range(LAYERS):
+        query = torch.randn(24, HEADS, SIZE)
+        every = {i: [np.arange(11, dtype=np.int32)] * KV_HEADS for i in (0, 2)}
+        wanted, chosen = described(step, metadata, index, query, (None, every, found)[index])
+        found = chosen if index == 0 else found
         torch.testing.assert_close(attend(step, metadata, index, query, monkeypatch), wanted, atol=1e-5, rtol=1e-5)
 
 
