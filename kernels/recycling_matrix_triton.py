@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -168,7 +169,7 @@ class RecycleShapes:
         """
         if not shapes or len({len(shape) for shape in shapes}) != 1:
             raise ValueError(f"shapes must have the same number of nodes, got {[len(shape) for shape in shapes]}")
-        on = {"dtype": torch.int32, "device": device}
+        on: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self.parents = torch.tensor([shape_parents(shape) for shape in shapes], **on)
         self.copies = torch.tensor([[node.copies for node in shape] for shape in shapes], **on)
         levels = max(1, max(len(node.ranks) for shape in shapes for node in shape))

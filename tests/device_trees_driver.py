@@ -14,8 +14,10 @@ from typing import Any
 
 import device_engines
 import interpreted
+import torch
 from device_engines import PROMPTS, VOCAB, runner_of
 from engines import MODEL, make_tiny_llama
+from transformers import MistralConfig, MistralForCausalLM
 from vllm import LLM, SamplingParams, platforms
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import StructuredOutputsParams
@@ -40,22 +42,24 @@ NODES = 7
 
 
 def model(window: int | None = None) -> Path:
-    """A model that is quick to attend with, of two layers and KV heads; ``window``: tokens that a row sees."""
-    path = Path(_folder.name) / f"model-{window}"
-    if not path.exists() and window is None:
-        make_tiny_llama(path, VOCAB, **SIZES)
-    elif not path.exists():
-        import torch
-        from transformers import MistralConfig, MistralForCausalLM
+    """A model that is quick to attend with, of two layers and KV heads; ``window``: tokens that a row sees.
 
-        torch.manual_seed(0)
-        config = MistralConfig(
-            vocab_size=VOCAB, num_hidden_layers=2, sliding_window=window, bos_token_id=None, eos_token_id=None, **SIZES
-        )
-        made = MistralForCausalLM(config)
-        with torch.no_grad():
-            made.lm_head.weight.normal_(0.0, 0.1)
-        made.save_pretrained(path)
+    Its queries and keys are wide, so that what a row attends to, and from where, decides its tokens.
+    """
+    path = Path(_folder.name) / f"model-{window}"
+    if path.exists():
+        return path
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCAB, num_hidden_layers=2, sliding_window=window, bos_token_id=None, eos_token_id=None, **SIZES
+    )
+    made = MistralForCausalLM(config)
+    with torch.no_grad():
+        made.lm_head.weight.normal_(0.0, 0.1)
+        for layer in made.model.layers:
+            layer.self_attn.q_proj.weight.mul_(8.0)
+            layer.self_attn.k_proj.weight.mul_(8.0)
+    made.save_pretrained(path)
     return path
 
 
@@ -153,7 +157,7 @@ def greedy() -> dict[str, Any]:
     """More requests than run at once, prompts in chunks, beginnings that the cache knows."""
     shared = [(7 * k) % VOCAB for k in range(40)]
     prompts = [*PROMPTS, shared, [*shared, 1, 2], shared[:33], [50, 51] * 9]
-    return both([(p, params(10 + 3 * k)) for k, p in enumerate(prompts)], max_num_batched_tokens=32, max_num_seqs=4)
+    return both([(p, params(8 + 2 * k)) for k, p in enumerate(prompts)], max_num_batched_tokens=32, max_num_seqs=4)
 
 
 def parameters() -> dict[str, Any]:
@@ -170,17 +174,17 @@ def parameters() -> dict[str, Any]:
         {"temperature": 0.6, "logprobs": 2, "seed": 5},
         {"n": 2, "temperature": 0.8, "seed": 6},
     ]
-    requests = [(PROMPTS[k % 4], params(18, **kind)) for k, kind in enumerate(kinds)]
-    bad = params(18)
+    requests = [(PROMPTS[k % 4], params(14, **kind)) for k, kind in enumerate(kinds)]
+    bad = params(14)
     bad._bad_words_token_ids = [[54], [14, 14], [94, 67]]
     return both([*requests, (PROMPTS[0], bad), (PROMPTS[2], bad)], max_num_seqs=4)
 
 
 def preempted() -> dict[str, Any]:
     """Few blocks: requests are preempted, and go on."""
-    requests = [([(k * 11 + i) % VOCAB for i in range(20)], params(60)) for k in range(4)]
+    requests = [([(k * 11 + i) % VOCAB for i in range(20)], params(36)) for k in range(4)]
     # The first block is vLLM's own.
-    return both(requests, num_gpu_blocks_override=17, max_num_seqs=4, enable_prefix_caching=False)
+    return both(requests, num_gpu_blocks_override=14, max_model_len=128, max_num_seqs=4, enable_prefix_caching=False)
 
 
 def windowed() -> dict[str, Any]:
@@ -189,7 +193,7 @@ def windowed() -> dict[str, Any]:
 
 def budget() -> dict[str, Any]:
     """Trees of changing sizes, which the clock decides; the tokens it does not. The last request wants no drafts."""
-    requests = [(p, params(30)) for p in PROMPTS[:3]] + [(PROMPTS[3], params(30, extra_args={"specplug": "off"}))]
+    requests = [(p, params(20)) for p in PROMPTS[:3]] + [(PROMPTS[3], params(20, extra_args={"specplug": "off"}))]
     llm = trees(budget=True, proposer="TokenRecycling")
     scheduler = device_engines.scheduler_of(llm)
     update, drafted = scheduler._update_after_schedule, [0] * len(requests)
@@ -269,7 +273,7 @@ def graphs() -> dict[str, Any]:
         )
         runner.capture_model()
     sizes = sorted((d.num_reqs, d.uniform_token_count) for d in runner.cudagraph_manager.graphs)
-    requests = [(p, params(20 + 7 * k)) for k, p in enumerate(PROMPTS[:3])]
+    requests = [(p, params(12 + 6 * k)) for k, p in enumerate(PROMPTS[:3])]
     found = {"found": generate(llm, requests), **counts(llm)}
     seen = {"support": sorted(support), "sizes": sizes, "replayed": _Graphs.replayed}
     return {"wanted": generate(plain(), requests), **seen, **found}

@@ -106,6 +106,14 @@ def test_a_proposer_of_ours_is_built_and_learns_from_both_samplers(installed, mo
     states.put(3, [5, 6, 7, 8, 5, 6])
     step = batch([3, 0], [6, 1])
     assert propose(speculator, step, states).tolist() == [[7, 8, 5], [2, 3, 1]]
+    # Where the budget wants none, nothing is drafted, and nothing learned until it does.
+    none = propose(speculator, step, states, num_speculative_tokens=0)
+    assert none.shape == (2, K)
+    speculator.observe(torch.eye(VOCAB)[[9]], batch([0], [1]))
+    assert propose(speculator, step, states, num_speculative_tokens=1).tolist() == [[7, 8, 5], [2, 3, 1]]
+    speculator.observe(torch.eye(VOCAB)[[9]], batch([0], [1]))
+    assert propose(speculator, step, states).tolist()[1][0] == 9
+    speculator.observe(torch.eye(VOCAB)[[2]], batch([0], [1]))
     dummy = propose(speculator, step, states, dummy_run=True)
     assert dummy.shape == (2, K) and dummy.dtype == torch.int64
     assert propose(speculator, step, states, num_speculative_tokens=1).shape == (2, K), "vLLM cuts it"

@@ -173,6 +173,7 @@ GPU_SYMBOLS = tuple(
         ("vllm.v1.attention.backends.registry", "AttentionBackendEnum.FLASH_ATTN.clear_override", ()),
         ("vllm.v1.attention.selector", "_cached_get_attn_backend.cache_clear", ()),
         ("vllm.v1.attention.backend", "AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE", ()),
+        ("vllm.v1.worker.block_table", "BlockTable.get_numpy_array", ()),
         (
             "vllm.v1.attention.backend",
             "CommonAttentionMetadata",

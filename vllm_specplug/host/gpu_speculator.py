@@ -54,10 +54,13 @@ class DeviceSpeculator(BaseSpeculator):
         self.speculative_config = vllm_config.speculative_config
         self.num_speculative_steps: int = self.speculative_config.num_speculative_tokens
         self._req_states = weakref.proxy(req_states)
+        self._resting = False
+        seats = vllm_config.scheduler_config.max_num_seqs
+        self._none = torch.zeros(seats, self.num_speculative_steps, dtype=torch.int64, device=device)
         self.trees: DeviceTrees | None = None
         reason = _no_trees(vllm_config) if recycle else "there is nothing to branch to"
         self.drafts = DeviceDrafts(
-            vllm_config.scheduler_config.max_num_seqs,
+            seats,
             vllm_config.model_config.get_vocab_size(),
             self.num_speculative_steps,
             device,
@@ -125,8 +128,10 @@ class DeviceSpeculator(BaseSpeculator):
     ) -> torch.Tensor:
         """``int64[num_reqs, K]`` drafts, by row of the batch; see vLLM's."""
         count = input_batch.num_reqs
-        if dummy_run:
-            return torch.zeros(count, self.num_speculative_steps, dtype=torch.int64, device=self.device)
+        # Where drafts do not pay, steps are vLLM's own: nothing is drafted, and nothing learned until they do again.
+        self._resting = num_speculative_tokens == 0 and not dummy_run
+        if dummy_run or self._resting:
+            return self._none[:count]
         rows = input_batch.idx_mapping[:count]
         states = self._req_states
         last = last_sampled.view(-1)[rows]
@@ -135,7 +140,8 @@ class DeviceSpeculator(BaseSpeculator):
     @torch.inference_mode()
     def observe(self, logits: torch.Tensor, input_batch: Any) -> None:
         """Learn from the logits of a step, before they are changed in place."""
-        self.drafts.observe(input_batch.input_ids[input_batch.logits_indices], logits)
+        if not self._resting:
+            self.drafts.observe(input_batch.input_ids[input_batch.logits_indices], logits)
 
 
 def _no_trees(vllm_config: Any) -> str:
