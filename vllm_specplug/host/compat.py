@@ -250,7 +250,6 @@ DEVICE_TREE_SYMBOLS = tuple(
                 *("cu_num_logits", "cu_num_logits_np", "expanded_idx_mapping", "expanded_local_pos"),
             ),
         ),
-        (f"{_V2}.block_table", "BlockTables.gather_block_tables", ()),
         (f"{_V2}.spec_decode.rejection_sampler", "get_max_chunk_logits", ("vocab_size",)),
         (f"{_V2}.spec_decode.rejection_sampler", "_iter_request_chunks", ("cu_num_logits", "max_chunk_logits")),
         (

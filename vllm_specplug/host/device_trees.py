@@ -42,6 +42,7 @@ class StepRows:
     Attributes:
         most: rows of a request with a whole draft.
         active: rows are described, in the present step or for a graph that is recorded.
+        table: ``int32[n, blocks]`` the present step's block table, in the blocks that attention sees.
         parents, depths: ``int32[max_tokens]``.
         bits: ``int32[max_tokens, words]``.
     """
@@ -49,6 +50,7 @@ class StepRows:
     def __init__(self, most: int, max_tokens: int, device: torch.device) -> None:
         self.most = most
         self.active = False
+        self.table: torch.Tensor | None = None
         on: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self.parents = torch.full((max_tokens,), -1, **on)
         self.depths = torch.zeros(max_tokens, **on)
@@ -76,6 +78,7 @@ class DeviceTreeBuilderMixin(gpu_attention.TreeBuilderMixin):
         if holder is None or not holder.active or not ((sizes > 1) & (sizes <= holder.most)).any():
             return _stock(self).build(common_prefix_len, common, fast_build)
         rows = common.num_actual_tokens
+        holder.table = common.block_table_tensor
         step = DeviceStep(
             starts=common.query_start_loc,
             lengths=common.seq_lens,
@@ -171,7 +174,6 @@ class DeviceTrees(GpuTrees):
         self._last = torch.zeros(requests, **on)
         self._lengths = torch.zeros(requests, **on)
         self._tables = torch.zeros(4, requests, most, **on)
-        self._block_tables: Any = None
 
     @staticmethod
     def install() -> None:
@@ -192,7 +194,6 @@ class DeviceTrees(GpuTrees):
         self.reason = self.attach(view)
         for builder in self._builders(runner):
             builder.holder = None if self.reason else self.rows
-        self._block_tables = runner.block_tables
         if is_profiling:
             self._movers = []
         elif not self.reason:
@@ -271,8 +272,9 @@ class DeviceTrees(GpuTrees):
             *(tokens, paths, lengths, self._last[:count], sources, targets),
             self.rows.most,
         )
+        assert self.rows.table is not None
         for mover in self._movers:
-            kv_move(mover, self._block_tables.input_block_tables[0], sources, targets)
+            kv_move(mover, self.rows.table, sources, targets)
         # Copies: what is returned is still read when the next step's walk is on its way.
         sampled, num_sampled = tokens.long(), lengths.clone()
         logprobs = None
