@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
+import interpreted
 import pytest
 import torch
 
@@ -21,6 +23,14 @@ def _own_environment():
     patch.setenv("HF_HUB_OFFLINE", "1")
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_interpreter():
+    """Kernels are interpreted in half of the time."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        with contextlib.suppress(ImportError):
+            interpreted.hasten()
 
 
 @pytest.fixture(scope="session")

@@ -169,13 +169,13 @@ def parameters() -> dict[str, Any]:
         {"repetition_penalty": 1.3},
         {"frequency_penalty": 0.5, "presence_penalty": 0.4, "temperature": 0.8, "seed": 4},
         {"logit_bias": {5: 3.0, 9: -20.0}},
-        {"min_tokens": 9, "stop_token_ids": list(range(0, VOCAB, 3))},
+        {"min_tokens": 4, "stop_token_ids": list(range(0, VOCAB, 3))},
         {"logprobs": 3},
         {"temperature": 0.6, "logprobs": 2, "seed": 5},
         {"n": 2, "temperature": 0.8, "seed": 6},
     ]
-    requests = [(PROMPTS[k % 4], params(14, **kind)) for k, kind in enumerate(kinds)]
-    bad = params(14)
+    requests = [(PROMPTS[k % 4], params(11, **kind)) for k, kind in enumerate(kinds)]
+    bad = params(11)
     bad._bad_words_token_ids = [[54], [14, 14], [94, 67]]
     return both([*requests, (PROMPTS[0], bad), (PROMPTS[2], bad)], max_num_seqs=4)
 

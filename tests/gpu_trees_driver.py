@@ -12,6 +12,7 @@ import interpreted
 interpreted.prepare()
 
 import random
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -172,14 +173,14 @@ def main() -> None:
         model = make_tiny_llama(Path(folder) / "llama", VOCAB, **SIZES)
         want = plain(model)
         found: dict[str, Any] = {}
-        scenarios: list[Callable[[], dict[str, Any]]] = [
-            lambda: usual(model, want),
-            lambda: tight(model, want),
-            lambda: window(Path(folder) / "mistral"),
-            lambda: proposers(model, want),
-        ]
-        for scenario in scenarios:
-            found |= scenario()
+        scenarios: dict[str, Callable[[], dict[str, Any]]] = {
+            "usual": lambda: usual(model, want),
+            "tight": lambda: tight(model, want),
+            "window": lambda: window(Path(folder) / "mistral"),
+            "proposers": lambda: proposers(model, want),
+        }
+        for name in sys.argv[1:]:
+            found |= scenarios[name]()
     interpreted.report(found)
 
 

@@ -31,7 +31,7 @@ ENVIRONMENT = {
 }
 
 
-def run(driver: str, *arguments: str, timeout: float = 600.0) -> Any:
+def run(driver: str, *arguments: str, timeout: float = 900.0) -> Any:
     """What ``tests/<driver>.py`` reports by :func:`report`; its error output is shown where it fails."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SPECPLUG_")}
     read, write = os.pipe()
@@ -66,6 +66,7 @@ def prepare() -> None:
     """Make vLLM run its GPU kernels in the interpreter. Before vLLM is imported."""
     import torch
     import triton.backends
+    from triton.runtime import interpreter
 
     assert "vllm" not in sys.modules and os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -78,6 +79,9 @@ def prepare() -> None:
     # vLLM's kernel that writes K and V asks for it to choose the size of its tiles.
     torch.cuda.get_device_capability = lambda *device: (9, 0)
     _take_scalar_masks()
+    hasten()
+    # Sums and products are not checked for overflow here, but where kernels are tested alone.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
 def _take_scalar_masks() -> None:
@@ -96,17 +100,14 @@ def _take_scalar_masks() -> None:
 
     for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
         setattr(InterpreterBuilder, name, taking(getattr(InterpreterBuilder, name), place))
-    _hasten()
 
 
-def _hasten() -> None:
-    """Halve the interpreter's time: it looks through Triton's whole language at each call of a device function, and
-    checks each sum and product for overflow, which tests of the kernels alone do."""
+def hasten() -> None:
+    """Spare the interpreter looking through Triton's whole language at each call of a device function."""
     import inspect
 
     from triton.runtime import interpreter
 
-    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     members: dict[Any, list[tuple[str, Any]]] = {}
 
     def patch(package: Any, builder: Any, scope: Any) -> None:

@@ -270,6 +270,7 @@ def test_an_engine_whose_scheduler_runs_ahead():
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_engines_whose_scheduler_waits_with_few_seats_or_a_fixed_length():
     found = interpreted.run("device_budget_driver", "others")
     same(found["outputs"])

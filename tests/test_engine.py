@@ -233,6 +233,7 @@ def test_switched_off_it_drafts_nothing(prompts, baseline):
         assert metric(llm, "vllm:spec_decode_num_draft_tokens") == 0
 
 
+@pytest.mark.slow
 def test_template_of_token_recycling(prompts, baseline):
     """The published tree, 80 nodes of it."""
     recycling = {"method": "custom_class", "model": "vllm_specplug.TokenRecycling", "num_speculative_tokens": 80}

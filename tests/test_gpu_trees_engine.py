@@ -14,7 +14,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def scenarios():
-    return interpreted.run("gpu_trees_driver")
+    return interpreted.run("gpu_trees_driver", "usual", "tight")
 
 
 def sound(found, moved):
@@ -46,10 +46,9 @@ def test_preemption(scenarios):
     assert sound(scenarios["preemption"], 10)["preemptions"] > 0
 
 
-def test_a_sliding_window(scenarios):
-    assert sound(scenarios["window"], 10)["windows"] == [20, 20]
-
-
-@pytest.mark.parametrize("name", ["TokenRecycling", "Auto"])
-def test_proposers(scenarios, name):
-    sound(scenarios[name], 1)
+@pytest.mark.slow
+def test_a_sliding_window_and_proposers():
+    found = interpreted.run("gpu_trees_driver", "window", "proposers")
+    assert sound(found["window"], 10)["windows"] == [20, 20]
+    for name in ("TokenRecycling", "Auto"):
+        sound(found[name], 1)
