@@ -169,7 +169,7 @@ def parameters() -> dict[str, Any]:
         {"repetition_penalty": 1.3},
         {"frequency_penalty": 0.5, "presence_penalty": 0.4, "temperature": 0.8, "seed": 4},
         {"logit_bias": {5: 3.0, 9: -20.0}},
-        {"min_tokens": 4, "stop_token_ids": list(range(0, VOCAB, 3))},
+        {"min_tokens": 4, "stop_token_ids": list(range(0, VOCAB, 2))},
         {"logprobs": 3},
         {"temperature": 0.6, "logprobs": 2, "seed": 5},
         {"n": 2, "temperature": 0.8, "seed": 6},
