@@ -137,6 +137,27 @@ def test_ranks_that_see_different_logits_learn_nothing():
     assert propose(speculator, batch([0], [6]), states).tolist() == [[1, 5, 6]]
 
 
+@pytest.mark.parametrize("what", ["propose", "observe"])
+def test_a_failure_costs_drafts_only(what, monkeypatch, caplog):
+    states = States()
+    states.put(0, [5, 6, 1, 5, 6])
+    speculator = gpu_speculator.DeviceSpeculator(config(), torch.device("cpu"), states, "Auto")
+
+    def broken(*args):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(speculator.drafts, what, broken)
+    caplog.set_level("ERROR", "vllm.specplug")
+    monkeypatch.setattr(gpu_speculator.logger, "propagate", True)
+    step = batch([0], [6])
+    propose(speculator, step, states, num_speculative_tokens=0).fill_(-1)  # as vLLM marks what is not drafted
+    propose(speculator, step, states)
+    for _ in range(2):
+        speculator.observe(torch.eye(VOCAB)[:1], step)
+        assert propose(speculator, step, states).tolist() == [[0] * K], "tokens that the model has"
+    assert speculator.failed and len(caplog.records) == 1 and "on purpose" in caplog.text
+
+
 def test_an_engine_that_ended_is_forgotten():
     import gc
 

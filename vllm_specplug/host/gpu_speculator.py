@@ -37,6 +37,8 @@ class DeviceSpeculator(BaseSpeculator):
 
     Attributes:
         trees: verifies drafts that branch; None: all drafts are chains, verified by vLLM.
+        failed: drafting raised; from then on every draft is the token 0, which costs rows and no answer. Where there is
+            a budget, it stops drafting.
     """
 
     supports_mm_inputs = False
@@ -54,7 +56,7 @@ class DeviceSpeculator(BaseSpeculator):
         self.speculative_config = vllm_config.speculative_config
         self.num_speculative_steps: int = self.speculative_config.num_speculative_tokens
         self._req_states = weakref.proxy(req_states)
-        self._resting = False
+        self._resting = self.failed = False
         seats = vllm_config.scheduler_config.max_num_seqs
         self._none = torch.zeros(seats, self.num_speculative_steps, dtype=torch.int64, device=device)
         self.trees: DeviceTrees | None = None
@@ -130,18 +132,32 @@ class DeviceSpeculator(BaseSpeculator):
         count = input_batch.num_reqs
         # Where drafts do not pay, steps are vLLM's own: nothing is drafted, and nothing learned until they do again.
         self._resting = num_speculative_tokens == 0 and not dummy_run
-        if dummy_run or self._resting:
+        if self._resting:
             return self._none[:count]
-        rows = input_batch.idx_mapping[:count]
-        states = self._req_states
-        last = last_sampled.view(-1)[rows]
-        return self.drafts.propose(states.all_token_ids.gpu, states.total_len.gpu, rows, last)
+        if not dummy_run and not self.failed:
+            rows = input_batch.idx_mapping[:count]
+            states = self._req_states
+            last = last_sampled.view(-1)[rows]
+            try:
+                return self.drafts.propose(states.all_token_ids.gpu, states.total_len.gpu, rows, last)
+            except Exception:
+                self._fail("drafting")
+        # Where nothing was to be drafted, vLLM marked these as no tokens.
+        return self._none[:count].zero_()
 
     @torch.inference_mode()
     def observe(self, logits: torch.Tensor, input_batch: Any) -> None:
         """Learn from the logits of a step, before they are changed in place."""
-        if not self._resting:
+        if self._resting or self.failed:
+            return
+        try:
             self.drafts.observe(input_batch.input_ids[input_batch.logits_indices], logits)
+        except Exception:
+            self._fail("learning")
+
+    def _fail(self, what: str) -> None:
+        self.failed = True
+        logger.exception("vllm-specplug: %s on the device failed; no more drafts.", what)
 
 
 def _no_trees(vllm_config: Any) -> str:
