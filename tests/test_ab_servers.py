@@ -18,7 +18,7 @@ from server import save_tiny_model
 from vllm_specplug.ab import results
 from vllm_specplug.cli import ab, main
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 SERVE = "--enforce-eager --dtype=float32 --max-model-len=512 --max-num-seqs=8"
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

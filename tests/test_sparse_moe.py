@@ -17,7 +17,7 @@ from vllm_specplug.host import moe_layers
 from vllm_specplug.host.sparse_moe import MoeTails, SparseMoe
 from vllm_specplug.host.sparse_step import SparseStep
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MESSAGES = [
     "Repeat three times: the quick brown fox jumps over the lazy dog.",
