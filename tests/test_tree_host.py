@@ -49,8 +49,8 @@ def config(**changes):
     ],
 )
 def test_configurations_without_trees(changes, words):
-    assert trees._config_reason(config()) == ""
-    assert words in trees._config_reason(config(**changes))
+    assert trees.config_reason(config()) == ""
+    assert words in trees.config_reason(config(**changes))
     host = trees.TreeHost(config(**changes), drafts=True, wanted=True)
     assert words in host.reason and not host.available
     host.on_model_loaded()

@@ -13,7 +13,6 @@ lies at fixed addresses, filled before each step.
 from __future__ import annotations
 
 import copy
-import importlib
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +26,7 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
 from vllm_specplug.host import eligibility, gpu_attention, trees
-from vllm_specplug.host.gpu_attention import DeviceStep, GpuTrees, TreeImplMixin
+from vllm_specplug.host.gpu_attention import DeviceStep, GpuTrees
 from vllm_specplug.kernels.kv_move_triton import kv_move
 from vllm_specplug.kernels.tree_rows_triton import tree_rows
 from vllm_specplug.kernels.tree_walk_triton import tree_walk
@@ -123,14 +122,7 @@ def __getattr__(name: str) -> Any:
     """``<NAME>`` of `gpu_attention.STOCK`: vLLM's registry looks classes up by module and name."""
     if name not in gpu_attention.STOCK:
         raise AttributeError(name)
-    module_name, prefix = gpu_attention.STOCK[name]
-    module = importlib.import_module(module_name)
-    stock = [getattr(module, prefix + part) for part in ("Backend", "Impl", "MetadataBuilder")]
-    here = {"__module__": __name__}
-    impl = type(f"DeviceTree{prefix}Impl", (TreeImplMixin, stock[1]), dict(here))
-    builder = type(f"DeviceTree{prefix}MetadataBuilder", (DeviceTreeBuilderMixin, stock[2]), dict(here))
-    parts = {"get_impl_cls": staticmethod(lambda: impl), "get_builder_cls": staticmethod(lambda: builder)}
-    found = globals()[name] = type(f"DeviceTree{prefix}Backend", (stock[0],), here | parts)
+    found = globals()[name] = gpu_attention.subclass(name, DeviceTreeBuilderMixin, __name__)
     return found
 
 
@@ -149,7 +141,7 @@ def config_reason(vllm_config: Any) -> str:
     ):
         if there:
             return what
-    return trees._config_reason(vllm_config)
+    return trees.config_reason(vllm_config)
 
 
 class DeviceTrees(GpuTrees):

@@ -5,8 +5,8 @@ runs no more than a tree's rows go through this plugin's kernel, chains too; wha
 whole steps then are for steps of one token per request only, since a recorded step cannot change its attention; steps
 that verify run in graphs of the parts between attention layers.
 
-Never run on a GPU by its authors, so it is off unless ``specplug.gpu_trees`` is set: its parts are tested on tensors of
-the CPU, in Triton's interpreter.
+Never run on a GPU by its authors, so it is off unless ``specplug.gpu_trees`` is set: it is tested in vLLM's engine on a
+CPU, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -232,14 +232,19 @@ def window_of(impl: Any) -> int:
     return -1 if left is None or left < 0 else int(left) + 1
 
 
-def subclass(name: str) -> type[Any]:
-    """vLLM's backend ``name`` (of :data:`STOCK`) with trees."""
+def subclass(name: str, builder_mixin: type[Any] = TreeBuilderMixin, of: str = __name__) -> type[Any]:
+    """vLLM's backend ``name`` (of :data:`STOCK`) with trees.
+
+    Args:
+        builder_mixin: what its builder of metadata does first.
+        of: module that has the class.
+    """
     module_name, prefix = STOCK[name]
     module = importlib.import_module(module_name)
     stock = [getattr(module, prefix + part) for part in ("Backend", "Impl", "MetadataBuilder")]
-    here = {"__module__": __name__}
+    here = {"__module__": of}
     impl = type(f"Tree{prefix}Impl", (TreeImplMixin, stock[1]), dict(here))
-    builder = type(f"Tree{prefix}MetadataBuilder", (TreeBuilderMixin, stock[2]), dict(here))
+    builder = type(f"Tree{prefix}MetadataBuilder", (builder_mixin, stock[2]), dict(here))
     parts = {"get_impl_cls": staticmethod(lambda: impl), "get_builder_cls": staticmethod(lambda: builder)}
     return type(f"Tree{prefix}Backend", (stock[0],), here | parts)
 

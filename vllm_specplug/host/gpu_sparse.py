@@ -175,9 +175,7 @@ class DeviceChoice:
     ) -> None:
         """Attend what :meth:`layer` found; see `sparse_attention`."""
         unit = self._sums.selection.unit
-        sparse_attention(
-            plan, query, *caches, self._table, self._starts, lengths, bits, out, scale, unit, *found
-        )  # fmt: skip
+        sparse_attention(plan, query, *caches, self._table, self._starts, lengths, bits, out, scale, unit, *found)
 
 
 class GpuGroup(GroupSparse[GpuSums]):

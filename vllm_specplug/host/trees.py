@@ -120,7 +120,7 @@ class TreeHost:
         self.backend: TreeBackend | None = None
         self._drafts = drafts
         self._parallel = _Ranks() if wanted and _shares_drafts(vllm_config.parallel_config) else None
-        self.reason = _config_reason(vllm_config) if wanted else "drafting is switched off"
+        self.reason = config_reason(vllm_config) if wanted else "drafting is switched off"
         if not self.reason:
             self._install(vllm_config)
 
@@ -293,7 +293,7 @@ def _shares_drafts(parallel_config: Any) -> bool:
     )
 
 
-def _config_reason(vllm_config: Any) -> str:
+def config_reason(vllm_config: Any) -> str:
     """What in the engine's configuration forbids trees; empty if nothing does."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     for what, there in (
