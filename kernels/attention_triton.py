@@ -78,7 +78,9 @@ class AttentionPlan:
         self.dtype, self.device, self.splits = dtype, torch.device(device), splits
         self.group = heads // kv_heads
         self.head = triton.next_power_of_2(head_size)
-        self.tile = max(16, min(128, TILE_BYTES // (self.head * dtype.itemsize)))
+        # Trees of more than 32 rows have masks of several words: with wide tiles as well, registers would not do.
+        most_slots = 128 if rows_per_request <= 32 else 64
+        self.tile = max(16, min(most_slots, TILE_BYTES // (self.head * dtype.itemsize)))
         self.least = triton.cdiv(least, self.tile)
         # What a thread's registers hold of the sums: 128 x 128 or 64 x 256 for 8 warps, 64 x 128 for 4. Products of
         # float32 are exact and not made by tensor cores, and need more registers.
@@ -89,7 +91,8 @@ class AttentionPlan:
             raise ValueError(f"heads may be at most {most} times kv_heads for {dtype}, got {heads} and {kv_heads}")
         self.tile_rows = self.block_m // self.group
         self.tiles = triton.cdiv(rows_per_request, self.tile_rows)
-        self.warps = 8 if self.block_m * self.head > 64 * 128 else 4
+        # 128 x 128 scores of 4 warps would not leave registers for the sums, whatever the head's size.
+        self.warps = 8 if self.block_m > 64 or self.block_m * self.head > 64 * 128 else 4
         self.precision = "ieee" if dtype == torch.float32 else "tf32"
         places = max_rows * heads * splits if splits > 1 else 0
         self.partial = torch.empty(places * head_size, dtype=torch.float32, device=self.device)

@@ -66,12 +66,12 @@ def model(window: int | None = None) -> Path:
 def trees(
     nodes: int = NODES, window: int | None = None, budget: bool = False, proposer: str = "Auto", **settings: Any
 ) -> LLM:
-    """An engine that drafts trees on the device and attends them in vLLM's Triton backend.
+    """An engine that drafts trees on the device and attends them in one of vLLM's backends for GPUs.
 
     Args:
         budget: their size is what pays, by the clock; else always the same.
     """
-    interpreted.attend_with(f"{device_trees.__name__}.TRITON_ATTN")
+    interpreted.attend_with(f"{device_trees.__name__}.{interpreted.BACKEND}")
     always = {"auto": {"policy": "fixed", "length": nodes}}
     usual = {
         "block_size": 16,
@@ -126,7 +126,9 @@ def counts(llm: LLM) -> dict[str, float]:
             ("prefix_hits", "prefix_cache_hits"),
         )
     }
-    return numbers | {"reason": runner_of(llm).speculator.trees.reason, "moved": MOVED[0]}
+    runner = runner_of(llm)
+    impl = type(next(iter(runner.compilation_config.static_forward_context.values())).impl).__name__
+    return numbers | {"reason": runner.speculator.trees.reason, "impl": impl, "moved": MOVED[0]}
 
 
 #: Rows that were moved, in all engines.

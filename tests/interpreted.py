@@ -31,14 +31,23 @@ ENVIRONMENT = {
 }
 
 
-def run(driver: str, *arguments: str, timeout: float = 900.0) -> Any:
-    """What ``tests/<driver>.py`` reports by :func:`report`; its error output is shown where it fails."""
+#: Attention backend of vLLM's that engines with trees subclass: FLASH_ATTN where a driver is to have FlashAttention.
+FLASH = os.environ.get("INTERPRETED_FLASH", "")
+BACKEND = "FLASH_ATTN" if FLASH else "TRITON_ATTN"
+
+
+def run(driver: str, *arguments: str, flash: int | None = None, timeout: float = 900.0) -> Any:
+    """What ``tests/<driver>.py`` reports by :func:`report`; its error output is shown where it fails.
+
+    Args:
+        flash: attend in vLLM's FLASH_ATTN, with this version of FlashAttention; None: in TRITON_ATTN.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SPECPLUG_")}
     read, write = os.pipe()
     with os.fdopen(read) as answer:
         process = subprocess.Popen(
             [sys.executable, str(TESTS / f"{driver}.py"), *arguments],
-            env=environment | ENVIRONMENT | {"INTERPRETED_ANSWER": str(write)},
+            env=environment | ENVIRONMENT | {"INTERPRETED_ANSWER": str(write), "INTERPRETED_FLASH": str(flash or "")},
             pass_fds=[write],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -82,6 +91,10 @@ def prepare() -> None:
     hasten()
     # Sums and products are not checked for overflow here, but where kernels are tested alone.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    if FLASH:
+        import flash_attention
+
+        flash_attention.stand_in(int(FLASH))
 
 
 def _take_scalar_masks() -> None:
@@ -129,8 +142,8 @@ def attend_with(path: str) -> None:
 
 
 def gpu_trees() -> None:
-    """Let engines that draft attend trees as on a GPU, in vLLM's Triton backend under the V1 runner, where
-    ``gpu_trees`` is set; others attend with vLLM's kernel for CPUs."""
+    """Let engines that draft attend trees as on a GPU, in :data:`BACKEND` under the V1 runner, where ``gpu_trees`` is
+    set; others attend with vLLM's kernel for CPUs."""
     from vllm.v1.attention.backends import triton_attn
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -143,7 +156,7 @@ def gpu_trees() -> None:
     install, uninstall = gpu_attention.install, gpu_attention.uninstall
 
     def attend(*module: str) -> None:
-        attend_with(f"{gpu_attention.__name__}.TRITON_ATTN")
+        attend_with(f"{gpu_attention.__name__}.{BACKEND}")
         install(*module)
 
     def leave() -> None:

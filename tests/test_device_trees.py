@@ -27,15 +27,16 @@ from vllm_specplug.host import device_trees
 
 @pytest.fixture(scope="module")
 def found():
-    """What the driver's engines did, in two processes at once."""
-    parts = (("greedy", "graphs"), ("parameters",))
+    """What the driver's engines did, by backend, in several processes at once."""
+    parts = (("greedy", "graphs"), None), (("parameters",), None), (("graphs",), 3)
     with futures.ThreadPoolExecutor() as pool:
-        runs = list(pool.map(lambda part: interpreted.run("device_trees_driver", *part), parts))
-    return runs[0] | runs[1]
+        runs = list(pool.map(lambda part: interpreted.run("device_trees_driver", *part[0], flash=part[1]), parts))
+    return {"TritonAttention": runs[0] | runs[1], "FlashAttention": runs[2]}
 
 
-def assert_same(run):
+def assert_same(run, backend="TritonAttention"):
     """Every request has the tokens, the end and the logprobs that it has without speculation."""
+    assert run["impl"] == f"Tree{backend}Impl"
     assert len(run["found"]) == len(run["wanted"]) > 0
     for (tokens, reason, logprobs), (wanted, ended, known) in zip(run["found"], run["wanted"], strict=True):
         assert tokens == wanted and reason == ended
@@ -53,7 +54,7 @@ def assert_drafted(run):
 @pytest.mark.engine
 def test_greedy_output_is_identical(found):
     """Requests that come and go, prompts in chunks beside trees, prefixes from the cache."""
-    run = found["greedy"]
+    run = found["TritonAttention"]["greedy"]
     assert_same(run)
     assert_drafted(run)
     assert run["prefix_hits"] > 0
@@ -62,7 +63,7 @@ def test_greedy_output_is_identical(found):
 @pytest.mark.engine
 def test_sampling_parameters(found):
     """Seeds, filters, penalties, biases, bad words, stops, logprobs and samples, beside each other in a batch."""
-    run = found["parameters"]
+    run = found["TritonAttention"]["parameters"]
     assert_same(run)
     assert_drafted(run)
     assert sum(bool(logprobs) for _, _, logprobs in run["found"]) == 2
@@ -70,10 +71,11 @@ def test_sampling_parameters(found):
 
 
 @pytest.mark.engine
-def test_whole_steps_in_graphs(found):
+@pytest.mark.parametrize("backend", ["TritonAttention", "FlashAttention"])
+def test_whole_steps_in_graphs(found, backend):
     """Replayed with what the host knew when they were recorded, whatever the batch and its trees are."""
-    run = found["graphs"]
-    assert_same(run)
+    run = found[backend]["graphs"]
+    assert_same(run, backend)
     assert_drafted(run)
     assert run["support"] == ["UNIFORM_BATCH"]
     # Of one request and of four, with all nodes; three run in the latter.
@@ -91,6 +93,17 @@ def test_other_engines(scenario):
     assert scenario != "budget" or (all(run["drafted"][:3]) and run["drafted"][3] == 0)
     if scenario not in ("structured", "budget"):  # a random model's grammatical text repeats nothing
         assert_drafted(run)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scenario", "flash"), [("greedy", 3), ("parameters", 3), ("preempted", 3), ("windowed", 3), ("greedy", 2)]
+)
+def test_other_engines_of_flash_attention(scenario, flash):
+    run = interpreted.run("device_trees_driver", scenario, flash=flash)[scenario]
+    assert_same(run, "FlashAttention")
+    assert_drafted(run)
 
 
 @pytest.mark.parametrize(

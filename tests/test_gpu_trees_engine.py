@@ -1,5 +1,6 @@
 """Draft trees on GPUs in a real engine in float32, in Triton's interpreter: the same tokens as without speculation in
-every odd situation, with trees that branch and rows that move. `gpu_trees_driver.py` is what runs."""
+every odd situation, with trees that branch and rows that move. `gpu_trees_driver.py` is what runs, in TRITON_ATTN but
+where FLASH_ATTN is named."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ def scenarios():
     return interpreted.run("gpu_trees_driver", "usual", "tight")
 
 
-def sound(found, moved):
+def sound(found, moved, backend="TritonAttention"):
     """The facts of a scenario, which had trees that this plugin attended, and in which so many rows moved at least."""
     assert found["found"] == found["want"]
-    assert (found["reason"], found["errors"], found["impl"]) == ("", 0, "TreeTritonAttentionImpl")
+    assert (found["reason"], found["errors"], found["impl"]) == ("", 0, f"Tree{backend}Impl")
     trees = found["trees"]
     assert trees["tree_steps"] == sum(found["steps"].values()) > 0, "steps of trees that were not attended as such"
     assert trees["rows_moved"] >= moved
@@ -44,6 +45,22 @@ def test_samples_are_those_without_speculation(scenarios):
 
 def test_preemption(scenarios):
     assert sound(scenarios["preemption"], 10)["preemptions"] > 0
+
+
+def test_flash_attention():
+    """vLLM's other backend for GPUs, its compiled functions written out; see `flash_attention`."""
+    assert sound(interpreted.run("gpu_trees_driver", "tight", flash=3)["preemption"], 10, "FlashAttention")[
+        "preemptions"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [2, 3])
+def test_flash_attention_in_every_situation(version):
+    found = interpreted.run("gpu_trees_driver", "usual", "window", flash=version)
+    for name, moved in (("mixed batches", 30), ("prefix hits", 2), ("sampled", 8), ("window", 10)):
+        sound(found[name], moved, "FlashAttention")
+    assert found["mixed batches"]["steps"]["beside prompts"] > 0 and found["window"]["windows"] == [20, 20]
 
 
 @pytest.mark.slow
