@@ -83,7 +83,7 @@ def test_loads_of_attention_overlap(tmp_path):
 @pytest.mark.slow
 def test_attention_of_every_shape_fits(tmp_path):
     found = resources(tmp_path, "--only", "tree_attention", "sparse_attention")
-    assert len({machine for machine, _, _ in found}) == 2 and len(found) > 80
+    assert len({machine for machine, _, _ in found}) == 2 and len(found) > 64
     for launch, of in found.items():
         assert of["programs"] >= 1 and of["stack"] <= 512, (launch, of)
 
