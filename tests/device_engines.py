@@ -33,6 +33,10 @@ PROMPTS = [list(range(3, 20)), [5, 6, 7, 5, 6], [40, 41, 42, 43, 44, 45, 46], [9
 class DeviceWorker(gpu_worker.DeviceDraftWorker, CPUWorker):
     """This plugin's worker over vLLM's CPU worker, in whose place it stands."""
 
+    def init_device(self) -> Any:
+        interpreted.attend_as_parent()
+        return super().init_device()
+
 
 @contextlib.contextmanager
 def _like_cuda() -> Iterator[None]:

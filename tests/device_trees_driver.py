@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -21,7 +22,6 @@ from transformers import MistralConfig, MistralForCausalLM
 from vllm import LLM, SamplingParams, platforms
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import StructuredOutputsParams
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.worker.gpu import cudagraph_utils
 
@@ -81,7 +81,7 @@ def trees(
     try:
         return device_engines.engine(proposer, nodes, **(usual | settings))
     finally:
-        AttentionBackendEnum.CPU_ATTN.clear_override()
+        interpreted.attend_as_usual()
 
 
 def plain(window: int | None = None, **settings: Any) -> LLM:
@@ -230,6 +230,39 @@ def structured() -> dict[str, Any]:
 
 def synchronous() -> dict[str, Any]:
     return both([(p, params(24)) for p in PROMPTS[:3]], async_scheduling=False)
+
+
+def _of_rank(worker: Any) -> dict[str, Any]:
+    speculator = worker.model_runner.speculator
+    impl = next(iter(worker.model_runner.compilation_config.static_forward_context.values())).impl
+    return {
+        "rank": worker.rank,
+        "reason": speculator.trees.reason,
+        "impl": type(impl).__name__,
+        "heads": impl.num_heads,
+        "learned": int((speculator.drafts._matrix >= 0).sum()),
+        "shapes": speculator.drafts.trees.tolist(),
+        # The worker's own: this function comes to it with the values that the asking process has.
+        "moved": device_trees.kv_move.__globals__["MOVED"][0],
+    }
+
+
+def ranks() -> dict[str, Any]:
+    """Two tensor-parallel ranks, in processes of their own."""
+    os.environ |= {
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, sorted(os.sched_getaffinity(0))[:2])),
+        # Workers are asked by a function, which goes to them by value.
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        # vLLM compiles the embedding's mask there, for a driver that the interpreter has not.
+        "TORCH_COMPILE_DISABLE": "1",
+    }
+    requests = [(p, params(12 + 6 * k)) for k, p in enumerate(PROMPTS)]
+    requests.append((PROMPTS[1], params(20, temperature=0.8, seed=7)))
+    llm = trees(tensor_parallel_size=2, max_num_batched_tokens=32)
+    found = {"found": generate(llm, requests), "drafts": device_engines.metric(llm, "vllm:spec_decode_num_drafts")}
+    found["accepted"] = device_engines.metric(llm, "vllm:spec_decode_num_accepted_tokens")
+    first, second = sorted(llm.collective_rpc(_of_rank), key=lambda rank: rank["rank"])
+    return {"wanted": generate(plain(), requests), **found, **first, "second": second}
 
 
 class _Graphs:

@@ -135,17 +135,32 @@ def hasten() -> None:
 
 
 def attend_with(path: str) -> None:
-    """Let vLLM's CPU platform, which knows one attention backend only, use the one of this path."""
+    """Let vLLM's CPU platform, which knows one attention backend only, use the one of this path, until
+    :func:`attend_as_usual`. Worker processes started until then do so too, by :func:`attend_as_parent`."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CPU_ATTN, path)
+    os.environ["INTERPRETED_ATTENTION"] = path
+
+
+def attend_as_usual() -> None:
+    """Undo :func:`attend_with`."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    os.environ.pop("INTERPRETED_ATTENTION", None)
+
+
+def attend_as_parent() -> None:
+    """In a worker: attend as the process that started it wants."""
+    if path := os.environ.get("INTERPRETED_ATTENTION"):
+        attend_with(path)
 
 
 def gpu_trees() -> None:
     """Let engines that draft attend trees as on a GPU, in :data:`BACKEND` under the V1 runner, where ``gpu_trees`` is
     set; others attend with vLLM's kernel for CPUs."""
     from vllm.v1.attention.backends import triton_attn
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from vllm_specplug.host import gpu_attention, trees
 
@@ -160,7 +175,7 @@ def gpu_trees() -> None:
         install(*module)
 
     def leave() -> None:
-        AttentionBackendEnum.CPU_ATTN.clear_override()
+        attend_as_usual()
         uninstall()
 
     gpu_attention.install, gpu_attention.uninstall = attend, leave

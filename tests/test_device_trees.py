@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent import futures
 
 import interpreted
@@ -106,10 +107,23 @@ def test_other_engines_of_flash_attention(scenario, flash):
     assert_drafted(run)
 
 
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="tensor parallel 2 needs two cores")
+def test_tensor_parallel_ranks_verify_the_first_ones_trees():
+    run = interpreted.run("device_trees_driver", "ranks")["ranks"]
+    assert_same(run)
+    assert_drafted(run)
+    second = run["second"]
+    assert (second["rank"], second["reason"], second["heads"]) == (1, "", 2)
+    assert second["learned"] == 0 < run["learned"], "one rank drafts"
+    assert second["shapes"] == run["shapes"] and second["moved"] == run["moved"]
+    assert any(parents != list(range(len(parents))) for parents in run["shapes"]), "drafts branched"
+
+
 @pytest.mark.parametrize(
     ("part", "changes", "reason"),
     [
-        ("parallel_config", {"tensor_parallel_size": 2}, "tensor parallelism"),
         ("parallel_config", {"data_parallel_size": 2}, "data parallelism"),
         ("parallel_config", {"enable_dbo": True}, "split in two"),
         ("parallel_config", {"enable_batch_sharded_sampling": True}, "batch-sharded"),

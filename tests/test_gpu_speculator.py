@@ -6,6 +6,7 @@ import gc
 import inspect
 import weakref
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -131,12 +132,72 @@ def test_other_methods_are_vllms(installed):
     assert wrapped(config(model="ngram_gpu"), "cpu", None) == "vllm's" and len(called) == 1
 
 
-def test_ranks_that_see_different_logits_learn_nothing():
-    states = States()
-    speculator = gpu_speculator.DeviceSpeculator(config(ranks=2), torch.device("cpu"), states, "TokenRecycling")
+def test_ranks_that_see_some_requests_logits_learn_nothing():
+    states, sharded = States(), config()
+    sharded.parallel_config.enable_batch_sharded_sampling = True
+    speculator = gpu_speculator.DeviceSpeculator(sharded, torch.device("cpu"), states, "TokenRecycling")
     speculator.observe(torch.eye(VOCAB)[:1], batch([0], [1]))
     states.put(0, [5, 6, 1, 5, 6])
     assert propose(speculator, batch([0], [6]), states).tolist() == [[1, 5, 6]]
+
+
+class Ranks:
+    """One of two tensor-parallel ranks; what the first one sends lies in ``sent`` until the other one takes it."""
+
+    sent: ClassVar[list[torch.Tensor]] = []
+
+    def __init__(self, is_first):
+        self.is_first = is_first
+
+    def share_on_device(self, values):
+        if self.is_first:
+            self.sent.append(values.clone())
+        else:
+            values.copy_(self.sent.pop())
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Speculators of both ranks, which see the same requests, and those."""
+    states, made = States(), []
+    for is_first in (True, False):
+        monkeypatch.setattr(gpu_speculator, "Ranks", lambda is_first=is_first: Ranks(is_first))
+        made.append(gpu_speculator.DeviceSpeculator(config(ranks=2), torch.device("cpu"), states, "Auto"))
+    return *made, states
+
+
+def test_of_several_ranks_the_first_drafts(ranks, monkeypatch):
+    first, second, states = ranks
+    for what in ("propose", "observe"):
+        monkeypatch.setattr(second.drafts, what, lambda *args: pytest.fail("one rank drafts"))
+    guesses = torch.zeros(2, VOCAB)
+    guesses[0, 7] = guesses[1, 8] = 1.0
+    for slot, tokens in ((0, [5, 6, 1, 5, 6]), (2, [2, 3, 4])):
+        states.put(slot, tokens)
+    step = batch([2, 0], [4, 6])
+    for speculator in (first, second):
+        speculator.observe(guesses, step)
+    first.drafts.trees[2] = torch.tensor([0, 0, 1], dtype=torch.int32)
+    monkeypatch.setattr(first.drafts, "propose", lambda *args: torch.tensor([[7, 8, 9], [1, 5, 6]]))
+    drafts = [propose(speculator, step, states) for speculator in (first, second)]
+    assert drafts[0].tolist() == drafts[1].tolist() == [[7, 8, 9], [1, 5, 6]] and drafts[1].dtype == torch.int64
+    assert torch.equal(first.drafts.trees, second.drafts.trees) and second.drafts.trees[2].tolist() == [0, 0, 1]
+    # Where nothing is drafted, nothing is sent.
+    for speculator in (first, second):
+        propose(speculator, step, states, num_speculative_tokens=0)
+        propose(speculator, step, states, dummy_run=True)
+    assert not Ranks.sent
+
+
+def test_a_failure_on_one_rank_lets_none_run_other_tokens(ranks, monkeypatch):
+    first, second, states = ranks
+    states.put(0, [5, 6, 1, 5, 6])
+    step = batch([0], [6])
+    second.failed = True
+    assert [propose(speculator, step, states).tolist() for speculator in (first, second)] == [[[1, 5, 6]]] * 2
+    monkeypatch.setattr(first.drafts, "propose", lambda *args: 1 / 0)
+    assert [propose(speculator, step, states).tolist() for speculator in (first, second)] == [[[0] * K]] * 2
+    assert first.failed
 
 
 @pytest.mark.parametrize("what", ["propose", "observe"])

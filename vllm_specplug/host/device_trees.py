@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,8 +131,6 @@ def config_reason(vllm_config: Any) -> str:
     """What in the engine's configuration forbids trees; empty if nothing does."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     for what, there in (
-        # Guesses are not kept there: ranks could come to differ.
-        ("tensor parallelism", parallel.tensor_parallel_size > 1),
         ("data parallelism", parallel.data_parallel_size > 1),
         ("batches that are split in two", bool(getattr(parallel, "enable_dbo", False))),
         ("batch-sharded sampling", bool(getattr(parallel, "enable_batch_sharded_sampling", False))),
@@ -172,8 +171,12 @@ class DeviceTrees(GpuTrees):
         """Let layers made from now on use the backends with trees; see `gpu_attention.uninstall`."""
         gpu_attention.install(__name__)
 
-    def attach_runner(self, runner: Any, is_profiling: bool) -> None:
-        """The runner's KV cache was made, or one to profile with, which is to be freed."""
+    def attach_runner(self, runner: Any, is_profiling: bool, agree: Callable[[str], str] | None = None) -> None:
+        """The runner's KV cache was made, or one to profile with, which is to be freed.
+
+        Args:
+            agree: gives the reason of all ranks for this one's, empty if none has any; None: there are no others.
+        """
         groups = itertools.chain.from_iterable(runner.attn_groups)
         view = SimpleNamespace(
             compilation_config=runner.compilation_config,
@@ -184,6 +187,8 @@ class DeviceTrees(GpuTrees):
             device=runner.device,
         )
         self.reason = self.attach(view)
+        if agree is not None:
+            self.reason = agree(self.reason)
         for builder in self._builders(runner):
             builder.holder = None if self.reason else self.rows
         if is_profiling:

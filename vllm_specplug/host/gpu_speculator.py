@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm_specplug import registry
 from vllm_specplug.host import compat, device_trees, gpu_attention, patching
 from vllm_specplug.host.device_trees import DeviceTrees
+from vllm_specplug.host.trees import Ranks
 from vllm_specplug.proposers.device_drafts import DeviceDrafts
 
 logger = logging.getLogger("vllm.specplug")
@@ -34,6 +35,9 @@ _speculators: weakref.WeakKeyDictionary[Any, DeviceSpeculator] = weakref.WeakKey
 
 class DeviceSpeculator(BaseSpeculator):
     """:class:`DeviceDrafts` as vLLM's speculator.
+
+    Of tensor-parallel ranks the first one drafts and the others get its drafts, so that no fault on one of them lets
+    them run different tokens.
 
     Attributes:
         trees: verifies drafts that branch; None: all drafts are chains, verified by vLLM.
@@ -50,8 +54,10 @@ class DeviceSpeculator(BaseSpeculator):
             name: one of :data:`SOURCES`.
         """
         match, recycle = SOURCES[name]
-        # Each rank may see the logits of some requests only, and would learn something else.
-        recycle = recycle and vllm_config.parallel_config.tensor_parallel_size == 1
+        parallel = vllm_config.parallel_config
+        # The rank that drafts sees the logits of some requests only, and would draft for the others by none.
+        recycle = recycle and not getattr(parallel, "enable_batch_sharded_sampling", False)
+        self._ranks = Ranks() if parallel.tensor_parallel_size > 1 else None
         self.vllm_config, self.device = vllm_config, device
         self.speculative_config = vllm_config.speculative_config
         self.num_speculative_steps: int = self.speculative_config.num_speculative_tokens
@@ -89,8 +95,8 @@ class DeviceSpeculator(BaseSpeculator):
             self.drafts.warm_up(states.all_token_ids.gpu, states.total_len.gpu)
         if self.trees is None:
             return
-        self.trees.attach_runner(runner, is_profiling)
-        if not is_profiling:
+        self.trees.attach_runner(runner, is_profiling, None if self._ranks is None else self._ranks.agree)
+        if not is_profiling and (self._ranks is None or self._ranks.is_first):
             reason = self.trees.reason
             logger.info(
                 "vllm-specplug: drafts on the device %s.", f"are chains: {reason}" if reason else "may be trees"
@@ -134,21 +140,41 @@ class DeviceSpeculator(BaseSpeculator):
         self._resting = num_speculative_tokens == 0 and not dummy_run
         if self._resting:
             return self._none[:count]
-        if not dummy_run and not self.failed:
-            rows = input_batch.idx_mapping[:count]
-            states = self._req_states
-            last = last_sampled.view(-1)[rows]
+        slots = input_batch.idx_mapping[:count]
+        if dummy_run:
+            return self._none[:count].zero_()
+        if self._ranks is None:
+            return self._draft(slots, last_sampled)
+        return self._shared(self._draft(slots, last_sampled) if self._ranks.is_first else None, slots)
+
+    def _draft(self, slots: torch.Tensor, last_sampled: torch.Tensor) -> torch.Tensor:
+        states = self._req_states
+        if not self.failed:
             try:
-                return self.drafts.propose(states.all_token_ids.gpu, states.total_len.gpu, rows, last)
+                last = last_sampled.view(-1)[slots]
+                return self.drafts.propose(states.all_token_ids.gpu, states.total_len.gpu, slots, last)
             except Exception:
                 self._fail("drafting")
         # Where nothing was to be drafted, vLLM marked these as no tokens.
-        return self._none[:count].zero_()
+        return self._none[: len(slots)].zero_()
+
+    def _shared(self, drafts: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor:
+        """The first rank's drafts and their trees, on all ranks; ``drafts``: on the first one."""
+        assert self._ranks is not None
+        steps, trees = self.num_speculative_steps, self.drafts.trees
+        message = torch.empty(len(slots), 2 * steps, dtype=torch.int32, device=self.device)
+        if drafts is not None:
+            message[:, :steps] = drafts
+            message[:, steps:] = trees[slots]
+        self._ranks.share_on_device(message)
+        if drafts is None:
+            trees[slots] = message[:, steps:]
+        return message[:, :steps].long()
 
     @torch.inference_mode()
     def observe(self, logits: torch.Tensor, input_batch: Any) -> None:
         """Learn from the logits of a step, before they are changed in place."""
-        if self._resting or self.failed:
+        if self._resting or self.failed or (self._ranks is not None and not self._ranks.is_first):
             return
         try:
             self.drafts.observe(input_batch.input_ids[input_batch.logits_indices], logits)

@@ -119,7 +119,7 @@ class TreeHost:
         self.plan: StepPlan | None = None
         self.backend: TreeBackend | None = None
         self._drafts = drafts
-        self._parallel = _Ranks() if wanted and _shares_drafts(vllm_config.parallel_config) else None
+        self._parallel = Ranks() if wanted and _shares_drafts(vllm_config.parallel_config) else None
         self.reason = config_reason(vllm_config) if wanted else "drafting is switched off"
         if not self.reason:
             self._install(vllm_config)
@@ -260,15 +260,19 @@ class TreeHost:
         return {name: float(getattr(self.counters, name)) for name in TreeCounters.__dataclass_fields__}
 
 
-class _Ranks:
-    """Tensor-parallel ranks: one drafts, all verify the same trees."""
+class Ranks:
+    """Tensor-parallel ranks: one drafts, all verify the same trees.
+
+    Attributes:
+        is_first: this is the one that drafts.
+    """
 
     def __init__(self) -> None:
         from vllm.distributed.parallel_state import get_tp_group
 
         group = get_tp_group()
-        self._group, self._first = group.cpu_group, group.ranks[0]
-        self._is_first = group.rank_in_group == 0
+        self._group, self._first, self._devices = group.cpu_group, group.ranks[0], group
+        self.is_first = group.rank_in_group == 0
 
     def agree(self, reason: str) -> str:
         """``reason`` if it is empty on all ranks, else one of theirs."""
@@ -279,11 +283,15 @@ class _Ranks:
     def share(self, parents: Int32Array | None, rows: int) -> Int32Array | None:
         """The first rank's ``parents`` (``int32[rows]`` or None), on all ranks."""
         message = np.zeros(rows + 1, np.int32)
-        if self._is_first and parents is not None:
+        if self.is_first and parents is not None:
             message[0] = 1
             message[1:] = parents
         torch.distributed.broadcast(torch.from_numpy(message), src=self._first, group=self._group)
         return message[1:] if message[0] else None
+
+    def share_on_device(self, values: torch.Tensor) -> None:
+        """Overwrite ``values`` with the first rank's: of the same shape on all ranks, whose hosts do not wait."""
+        self._devices.broadcast(values, src=0)
 
 
 def _shares_drafts(parallel_config: Any) -> bool:
