@@ -11,6 +11,7 @@ run a driver, a script beside them, in a process of its own (:func:`run`), which
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -71,8 +72,9 @@ def report(found: Any) -> None:
         json.dump(found, answer)
 
 
+@functools.cache
 def prepare() -> None:
-    """Make vLLM run its GPU kernels in the interpreter. Before vLLM is imported."""
+    """Make vLLM run its GPU kernels in the interpreter, once. Before vLLM is imported."""
     import torch
     import triton.backends
     from triton.runtime import interpreter

@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module")
-def scenarios():
-    return interpreted.run("gpu_sparse_driver")
+@pytest.fixture(scope="module", params=[None, pytest.param(3, marks=pytest.mark.slow)], ids=["triton", "flash"])
+def scenarios(request):
+    return interpreted.run("gpu_sparse_driver", flash=request.param)
 
 
 def defined(found):
