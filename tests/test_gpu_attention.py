@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm_specplug.kernels.attention_triton import AttentionPlan
 from vllm_specplug.kernels.tree_attention import build_trees, tree_attention_reference
 
 from vllm_specplug.host import compat, gpu_attention, tree_plan, trees
@@ -255,6 +256,28 @@ def test_without_prompts_vllms_kernel_does_not_run(step, monkeypatch):
     query, out = torch.randn(24, HEADS, SIZE), torch.full((24, HEADS, SIZE), torch.nan)
     layer.impl.forward(layer, query, None, None, layer.kv_cache, metadata, out)
     assert not out[:21].isnan().any() and out[21:].isnan().all()
+
+
+def test_a_steps_arguments_are_checked_once_for_layers_of_a_kind(step, monkeypatch):
+    layers = [SimpleNamespace(impl=impl_of("TRITON_ATTN", w), kv_cache=packed_cache(25)) for w in (-1, -1, 11, 11, -1)]
+    runner = runner_of(*layers)
+    backend, checked = GpuTrees(16), []
+    assert backend.attach(runner) == ""
+    check = AttentionPlan.check
+    monkeypatch.setattr(AttentionPlan, "check", lambda plan, *given: checked.append(len(given)) or check(plan, *given))
+    backend.begin(runner, step.plan)
+    (builder,) = next(runner._attn_group_iterator()).metadata_builders
+    query, out = torch.randn(24, HEADS, SIZE), torch.zeros(24, HEADS, SIZE)
+    for _ in range(2):
+        metadata = builder.build(0, step.common)
+        for layer in layers:
+            layer.impl.forward(layer, query, None, None, layer.kv_cache, metadata, out)
+        assert len(checked) == 3, "where the kind of layer changes, in every step anew"
+        checked.clear()
+    metadata = builder.build(0, step.common)
+    with pytest.raises(ValueError, match="query must be"):
+        layers[0].impl.forward(layers[0], query.half(), None, None, layers[0].kv_cache, metadata, out)
+    assert metadata.specplug_step.checked is None
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ class DeviceStep:
         table: ``int32[n, blocks]``.
         only_own: no row is left for vLLM's kernel.
         choice: what requests attend of their contexts; None: everything.
+        checked: plan and window of the layers of which one's launch passed the checks.
     """
 
     starts: torch.Tensor
@@ -58,6 +59,7 @@ class DeviceStep:
     table: torch.Tensor
     only_own: bool
     choice: DeviceChoice | None = None
+    checked: tuple[AttentionPlan, int] | None = None
 
 
 class StepHolder:
@@ -209,6 +211,7 @@ class TreeImplMixin:
             step.choice.attend(found, plan, query, caches, step.lengths, step.bits, out, own.scale)
             return output
         keys, values = caches
+        kind = plan, window_of(own)
         tree_attention(
             plan,
             query,
@@ -220,9 +223,11 @@ class TreeImplMixin:
             step.bits,
             out,
             own.scale,
-            window_of(own),
+            kind[1],
             step.depths,
+            kind == step.checked,
         )
+        step.checked = kind
         return output
 
 
