@@ -49,16 +49,20 @@ def check(
         device: where it must be.
         contiguous: all of it; else only the last dimension.
     """
+    found = tensor.shape
+    fits = len(found) == len(shape)
+    if fits:
+        for wanted, there in zip(shape, found, strict=True):
+            fits = fits and (wanted is None or wanted == there)
     allowed = dtypes if isinstance(dtypes, tuple) else (dtypes,)
     if tensor.dtype not in allowed:
         raise ValueError(f"{name} must be {' or '.join(map(str, allowed))}, got {tensor.dtype}")
-    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
-    fits = tensor.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, tensor.shape, strict=True))
     if not fits:
-        raise ValueError(f"{name} must be {wanted}, got {list(tensor.shape)}")
+        sizes = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} must be [{sizes}], got {list(found)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
     if contiguous and not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for {list(tensor.shape)}")
-    if not contiguous and tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for {list(found)}")
+    if not contiguous and shape and found[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"{name}'s last dimension must be contiguous, got strides {tensor.stride()}")

@@ -88,6 +88,18 @@ def test_attention_of_every_shape_fits(tmp_path):
         assert of["programs"] >= 1 and of["stack"] <= 512, (launch, of)
 
 
+@pytest.mark.slow
+def test_the_hosts_time_per_launch(tmp_path):
+    pytest.importorskip("vllm")
+    path = tmp_path / "launch_time.csv"
+    done = run(tmp_path, str(BENCHMARKS / "bench_launch_time.py"), "--rounds", "2", "--csv", str(path))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    with path.open(newline="") as file:
+        rows = {(row["provider"], row["task"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
+    assert ("vllm.unified_attention", "attention, a layer", "host_time") in rows and len(rows) == 15
+    assert all(0 < value < 1e6 for value in rows.values())
+
+
 def test_what_cannot_be_compiled_is_named(tmp_path):
     code = "import bench_kernel_resources as b\nwith b.compiled({}) as found: pass"
     done = run(tmp_path, "-c", code.format(75))
