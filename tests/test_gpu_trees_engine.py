@@ -15,7 +15,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def scenarios():
-    return interpreted.run("gpu_trees_driver", "usual", "tight")
+    return interpreted.run("gpu_trees_driver", "usual")
 
 
 def sound(found, moved, backend="TritonAttention"):
@@ -43,11 +43,7 @@ def test_samples_are_those_without_speculation(scenarios):
     assert len({tuple(tokens) for tokens in found["found"]}) == 3
 
 
-def test_preemption(scenarios):
-    assert sound(scenarios["preemption"], 10)["preemptions"] > 0
-
-
-def test_flash_attention():
+def test_preemption_in_flash_attention():
     """vLLM's other backend for GPUs, its compiled functions written out; see `flash_attention`."""
     assert sound(interpreted.run("gpu_trees_driver", "tight", flash=3)["preemption"], 10, "FlashAttention")[
         "preemptions"
@@ -64,8 +60,9 @@ def test_flash_attention_in_every_situation(version):
 
 
 @pytest.mark.slow
-def test_a_sliding_window_and_proposers():
-    found = interpreted.run("gpu_trees_driver", "window", "proposers")
+def test_a_sliding_window_preemption_and_proposers():
+    found = interpreted.run("gpu_trees_driver", "window", "tight", "proposers")
+    assert sound(found["preemption"], 10)["preemptions"] > 0
     assert sound(found["window"], 10)["windows"] == [20, 20]
     for name in ("TokenRecycling", "Auto"):
         sound(found[name], 1)
