@@ -45,9 +45,8 @@ def test_samples_are_those_without_speculation(scenarios):
 
 def test_preemption_in_flash_attention():
     """vLLM's other backend for GPUs, its compiled functions written out; see `flash_attention`."""
-    assert sound(interpreted.run("gpu_trees_driver", "tight", flash=3)["preemption"], 10, "FlashAttention")[
-        "preemptions"
-    ]
+    found = interpreted.run("gpu_trees_driver", "tight", flash=3)["preemption"]
+    assert sound(found, 10, "FlashAttention")["preemptions"] > 0
 
 
 @pytest.mark.slow
