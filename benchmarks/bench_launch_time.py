@@ -10,6 +10,7 @@ layer of every step that is not in a CUDA graph; the rest once per step. All tak
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -99,9 +100,11 @@ def main() -> int:
     torch.set_num_threads(1)
     with compiled(90):
         launches = attention_launches(theirs)
-        for name in ("suffix_match", "recycling_matrix", "tree_rows", "tree_walk", "kv_move"):
+        for name in ("suffix_match", "recycling_matrix", "tree_rows", "tree_walk", "kv_move", "block_select"):
             for case in CASES[name](Few(peers=())):
                 launches[case.provider, f"{case.kernel}, {case.task}"] = case.run
+        for case in itertools.islice(CASES["sparse_attention"](Few(peers=())), 1):
+            launches[case.provider, f"{case.kernel}, a layer"] = case.run
         seconds: dict[tuple[str, str], list[float]] = {of: [] for of in launches}
         for _ in range(args.rounds + 1):  # the first compiles
             for of, launch in launches.items():

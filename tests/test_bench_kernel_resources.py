@@ -96,7 +96,7 @@ def test_the_hosts_time_per_launch(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     with path.open(newline="") as file:
         rows = {(row["provider"], row["task"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
-    assert ("vllm.unified_attention", "attention, a layer", "host_time") in rows and len(rows) == 15
+    assert ("vllm.unified_attention", "attention, a layer", "host_time") in rows and len(rows) == 18
     assert all(0 < value < 1e6 for value in rows.values())
 
 
