@@ -17,8 +17,8 @@ from vllm_specplug.kernels.triton_tools import check
 #: The running maximum begins here rather than at -inf: where nothing is seen yet, no difference of infinities is taken.
 FLOOR = tl.constexpr(-1e30)
 LOG2_E = 1.4426950408889634
-#: Bytes of one tile of keys. With the values and three stages in flight a program takes about 100 KiB of shared memory:
-#: two programs fit a processor of an H100 or H200 and one that of an A100.
+#: Bytes of one tile of keys. With the values and three stages in flight a program of 4 warps takes up to 113 KiB of
+#: shared memory: two fit a processor of an H100 or H200, one or two that of an A100 (`bench_kernel_resources.py`).
 TILE_BYTES = 16384
 STAGES = 3
 
