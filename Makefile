@@ -46,6 +46,7 @@ bench: model  ## every benchmark that needs no trace or prompts; adds rows to be
 # On a GPU machine nothing may be installable: PyTorch, Triton, numba and pytest of PYTHON are used as they are.
 bench-kernels:  ## on a GPU: tests of the Triton kernels, then their times; needs no vLLM (PYTHON=python3)
 	$(MAKE) --no-print-directory build/types
+	@$(PYTHON) -c 'import importlib.util as u, sys; lacks = [m for m in ("torch", "triton", "numba", "pytest") if not u.find_spec(m)]; sys.exit(f"error: bench-kernels needs {lacks} in $(PYTHON): name a Python that has them, make bench-kernels PYTHON=python3" if lacks else 0)'
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: bench-kernels needs a CUDA GPU, and PyTorch finds none; nothing was measured.")'
 	PYTHONPATH=build/types $(PYTHON) -m pytest -q tests/test_*_triton.py
 	PYTHONPATH=build/types $(PYTHON) benchmarks/bench_kernels.py $(ARGS)
